@@ -89,3 +89,10 @@ def test_bad_reward_in_candidates(capsys, tmp_path, value):
 def test_options():
     assert parse_options("r.yaml --a.b 1 --flag --c=x=y --d-e f".split()) == \
         (["r.yaml"], {"a.b": "1", "flag": "true", "c": "x=y", "d_e": "f"})
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    "`vcb sft --help | head -1` ends quietly."
+    command = f"{sys.executable} -m vcb_nb.cli sft --help | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("vcb sft") and not done.stderr

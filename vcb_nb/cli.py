@@ -152,7 +152,11 @@ def main(args:list=None, # words of the command line; by default those of this p
     logging.getLogger("vcb_nb").setLevel(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _terminate)
-    try: _dispatch(sys.argv[1:] if args is None else args)
+    try:
+        _dispatch(sys.argv[1:] if args is None else args)
+        sys.stdout.flush()
+    except BrokenPipeError: # `vcb run demo --plan | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as e:
         print(f"vcb: {e}", file=sys.stderr)
         return 2

@@ -1,0 +1,66 @@
+"Parts of a stage's output: every part to one process, each whole or absent, and no mixture."
+import pytest
+from hypothesis import given, strategies as st
+
+from vcb_nb.artifacts import InputError
+from vcb_nb.shards import claim_folder, list_parts, make_parts, my_parts, part_path, pending_parts, rank_and_world
+
+
+def as_process(monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+
+
+@given(total=st.integers(0, 40), world=st.integers(1, 9))
+def test_every_part_falls_to_exactly_one_process(total, world):
+    with pytest.MonkeyPatch.context() as patch:
+        shares = []
+        for rank in range(world):
+            as_process(patch, rank, world)
+            shares += my_parts(total)
+    assert sorted(shares) == list(range(total))
+
+
+@pytest.mark.parametrize("rank, world", [(2, 2), (-1, 2), (0, 0)])
+def test_an_impossible_rank_is_named(monkeypatch, rank, world):
+    as_process(monkeypatch, rank, world)
+    with pytest.raises(InputError, match=f"RANK={rank} and WORLD_SIZE={world}"): rank_and_world()
+
+
+def test_what_is_there_is_not_made_again(tmp_path):
+    "A call that dies in the middle loses the part in work only."
+    def dies_at_two(index):
+        if index == 2: raise KeyboardInterrupt
+        return [{"index": index}]
+
+    with pytest.raises(KeyboardInterrupt): make_parts(tmp_path, 4, dies_at_two)
+    assert pending_parts(tmp_path, 4) == [2, 3]
+    kept = part_path(tmp_path, 0, 4).stat().st_mtime_ns
+    with pytest.raises(InputError, match="holds 2 of 4 parts .part 2 is missing"): list_parts(tmp_path)
+    assert make_parts(tmp_path, 4, lambda i: [{"index": i}]) == 2
+    assert len(list_parts(tmp_path)) == 4 and part_path(tmp_path, 0, 4).stat().st_mtime_ns == kept
+
+
+def test_two_processes_make_what_one_makes(tmp_path, monkeypatch):
+    for rank in range(2):
+        as_process(monkeypatch, rank, 2)
+        make_parts(tmp_path/"two", 5, lambda i: [{"index": i}])
+    as_process(monkeypatch, 0, 1)
+    make_parts(tmp_path/"one", 5, lambda i: [{"index": i}])
+    read = lambda folder: [p.read_bytes() for p in list_parts(folder)]
+    assert read(tmp_path/"two") == read(tmp_path/"one")
+
+
+def test_a_mixture_of_two_divisions_is_refused(tmp_path):
+    make_parts(tmp_path, 2, lambda i: [{"index": i}])
+    make_parts(tmp_path, 3, lambda i: [{"index": i}])
+    with pytest.raises(InputError, match="mixes parts of 2 with parts of 3"): list_parts(tmp_path)
+
+
+def test_a_folder_keeps_to_its_settings(tmp_path):
+    "Parts made with one seed are never continued with another; an empty folder may change its mind."
+    claim_folder(tmp_path, {"seed": 0, "n": 4})
+    claim_folder(tmp_path, {"seed": 1, "n": 4})
+    make_parts(tmp_path, 2, lambda i: [{"index": i}])
+    claim_folder(tmp_path, {"seed": 1, "n": 4})
+    with pytest.raises(InputError, match="seed was 1 and is 2"): claim_folder(tmp_path, {"seed": 2, "n": 4})
