@@ -37,5 +37,8 @@ def tiny_tokenizer():
 
 def pytest_terminal_summary(terminalreporter):
     "The count on a line of its own; an error in a fixture counts as a failure."
-    count = {kind: len(terminalreporter.stats.get(kind, [])) for kind in ("passed", "failed", "error", "skipped")}
-    terminalreporter.write_line(f"{count['passed']} passed, {count['failed'] + count['error']} failed, {count['skipped']} skipped")
+    count = {kind: len(terminalreporter.stats.get(kind, []))
+             for kind in ("passed", "failed", "error", "skipped")}
+    failed = count["failed"] + count["error"]
+    terminalreporter.write_line(
+        f"{count['passed']} passed, {failed} failed, {count['skipped']} skipped")

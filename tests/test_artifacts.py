@@ -3,8 +3,9 @@ import json, os, signal, subprocess, sys, time
 
 import pytest
 
-from vcb_nb.artifacts import (InputError, atomic_dir, atomic_write, changed_outputs, did_you_mean, finished_stages,
-                              fingerprint, read_json, read_manifest, run_lock, write_json, write_jsonl, write_manifest)
+from vcb_nb.artifacts import (InputError, atomic_dir, atomic_write, changed_outputs, did_you_mean,
+                              finished_stages, fingerprint, read_json, read_manifest, run_lock,
+                              write_json, write_jsonl, write_manifest)
 
 WRITER = """
 import sys
@@ -29,7 +30,8 @@ def test_killed_writer_leaves_a_whole_file(tmp_path):
 def test_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path):
     write_json(tmp_path/"a.json", {"x": 1})
     with pytest.raises(ValueError): write_json(tmp_path/"a.json", {"x": float("inf")})
-    with pytest.raises(ZeroDivisionError): write_jsonl(tmp_path/"b.jsonl", ({"x": 1/i} for i in (1, 0)))
+    with pytest.raises(ZeroDivisionError):
+        write_jsonl(tmp_path/"b.jsonl", ({"x": 1/i} for i in (1, 0)))
     assert read_json(tmp_path/"a.json") == {"x": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
@@ -56,7 +58,8 @@ def test_manifest_notices(tmp_path):
     stage = tmp_path/"sft"
     for name in ("kept", "gone", "changed"): atomic_write(stage/name, name)
     write_manifest(stage, stage="sft", key="k")
-    assert changed_outputs(stage, read_manifest(stage)) == [] and finished_stages(tmp_path) == ["sft"]
+    assert changed_outputs(stage, read_manifest(stage)) == []
+    assert finished_stages(tmp_path) == ["sft"]
     (stage/"gone").unlink()
     (stage/"changed").write_text("CHANGED")
     assert changed_outputs(stage, read_manifest(stage)) == ["changed", "gone"]
@@ -68,8 +71,10 @@ def test_broken_json_names_file_and_line(tmp_path):
 
 
 def test_lock_is_freed_by_a_kill(tmp_path):
-    code = "import sys, time; from vcb_nb.artifacts import run_lock\nwith run_lock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    code = ("import sys, time; from vcb_nb.artifacts import run_lock\n"
+            "with run_lock(sys.argv[1]): print('held', flush=True); time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)],
+                               stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     with pytest.raises(InputError, match=f"in use by process {process.pid}"):
         with run_lock(tmp_path): pass
@@ -78,5 +83,8 @@ def test_lock_is_freed_by_a_kill(tmp_path):
     with run_lock(tmp_path): pass
 
 
-@pytest.mark.parametrize("name, valid, want", [("gama", ["gamma", "lam"], "Did you mean 'gamma'?"), ("q", ["gamma"], "Valid: gamma."), ("q", [], "None is valid here.")])
+@pytest.mark.parametrize("name, valid, want", [
+    ("gama", ["gamma", "lam"], "Did you mean 'gamma'?"),
+    ("q", ["gamma"], "Valid: gamma."),
+    ("q", [], "None is valid here.")])
 def test_did_you_mean(name, valid, want): assert did_you_mean(name, valid) == want

@@ -21,8 +21,10 @@ def test_version(capsys): assert said(capsys, "--version") == (0, f"vcb {__versi
 
 def test_version_is_quick():
     "No heavy import before it is needed."
-    code = "import sys; from vcb_nb.cli import main; main(['--version']); main([]); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+    code = ("import sys; from vcb_nb.cli import main; main(['--version']); main([]); "
+            "sys.exit('torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -32,17 +34,20 @@ def test_help_is_complete(capsys, command):
     if command in ("run",): return
     import dataclasses
     from vcb_nb.recipes import config_class
-    for field in dataclasses.fields(config_class(command)): assert not field.init or field.name in out
+    for field in dataclasses.fields(config_class(command)):
+        assert not field.init or field.name in out
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "sample", "score", "calibrate", "evaluate", "diagnose", "report"])
+@pytest.mark.parametrize("stage", [
+    "sft", "reward", "sample", "score", "calibrate", "evaluate", "diagnose", "report"])
 def test_own_fields_have_help(stage):
     import dataclasses
     from transformers import TrainingArguments
     from vcb_nb.recipes import config_class
     theirs = {f.name for f in dataclasses.fields(TrainingArguments)}
     for field in dataclasses.fields(config_class(stage)):
-        assert field.name in theirs or field.metadata.get("help"), f"{stage}.{field.name} has no help"
+        has_help = field.name in theirs or field.metadata.get("help")
+        assert has_help, f"{stage}.{field.name} has no help"
 
 
 @pytest.mark.parametrize("words, want", [
@@ -51,7 +56,8 @@ def test_own_fields_have_help(stage):
     (["run", "dmo"], "Did you mean 'demo'?"),
     (["run", "demo", "--smaple.n", "3"], "'smaple' is not a section. Did you mean 'sample'?"),
     (["run", "demo", "--sample.n", "many"], "sample.n is 'many', but a whole number is needed."),
-    (["sample", "--temprature", "1"], "sample.temprature is not a setting. Did you mean 'temperature'?"),
+    (["sample", "--temprature", "1"],
+     "sample.temprature is not a setting. Did you mean 'temperature'?"),
     (["sample", "--n", "4"], "needs --output_dir"),
     (["report", "--run", "nowhere", "--output_dir", "{tmp}/r"], "There is no run folder nowhere"),
 ])
@@ -82,7 +88,8 @@ def test_bad_reward_in_candidates(capsys, tmp_path, value):
     path = tmp_path/"scored.jsonl"
     row = '{"prompt": "a", "completions": [" b", " c", " d"], "rewards": [1, 2, %s]}\n'
     path.write_text(row % 3 + row % value)
-    status, _, err = said(capsys, "calibrate", "--candidates", path, "--model", tmp_path, "--output_dir", tmp_path/"out")
+    status, _, err = said(capsys, "calibrate", "--candidates", path, "--model", tmp_path,
+                          "--output_dir", tmp_path/"out")
     assert status == 2 and "reward" in err and "scored.jsonl:2:" in err and err.count("\n") == 1
 
 
@@ -94,5 +101,6 @@ def test_options():
 def test_a_reader_that_stops_early_is_no_error():
     "`vcb sft --help | head -1` ends quietly."
     command = f"{sys.executable} -m vcb_nb.cli sft --help | head -1"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("vcb sft") and not done.stderr

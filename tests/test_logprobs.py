@@ -1,4 +1,5 @@
-"Log-probabilities against an oracle: one unpadded row at a time, all logits, log_softmax in float64."
+"""Log-probabilities against an oracle: one unpadded row at a time, all logits,
+log_softmax in float64."""
 import copy, math
 from types import SimpleNamespace
 
@@ -20,7 +21,8 @@ COMPLETIONS = [[[9, 10, EOS], [11] * 9], [[12, EOS], [13, 14], [15] * 4, [EOS]],
 
 
 def tiny(tokenizer, architecture="gpt_neox", **kwargs):
-    return new_policy(tokenizer, architecture, **{"hidden_size": 32, "num_hidden_layers": 2, **kwargs})
+    return new_policy(tokenizer, architecture,
+                      **{"hidden_size": 32, "num_hidden_layers": 2, **kwargs})
 
 
 def oracle_tokens(model, prompt, completion):
@@ -45,7 +47,8 @@ def test_equals_the_oracle(tiny_tokenizer, architecture, pad_id):
     model = tiny(tiny_tokenizer, architecture).double()
     batch = collate_candidates(PROMPTS, COMPLETIONS, pad_id)
     got, expected = sequence_logps(model, batch), oracle(model)
-    torch.testing.assert_close(present(got, batch), torch.stack(sum(expected, [])), atol=1e-12, rtol=0)
+    torch.testing.assert_close(present(got, batch), torch.stack(sum(expected, [])), atol=1e-12,
+                               rtol=0)
     assert batch.mask.sum(1).tolist() == [2, 4, 3, 2] and (got[~batch.mask] == 0).all()
 
 
@@ -68,11 +71,13 @@ def test_left_right_and_unpadded_are_the_same(tiny_tokenizer, architecture):
     for prompt, completions, row in zip(PROMPTS, COMPLETIONS, scores):
         for completion, score in zip(completions, row):
             for left, right in ((0, 0), (0, 6), (6, 0), (3, 2)):
-                assert padded_logps(model, prompt, completion, left, right) == pytest.approx(score, abs=1e-12)
+                assert (padded_logps(model, prompt, completion, left, right)
+                        == pytest.approx(score, abs=1e-12))
 
 
 def test_left_padding_without_positions_is_wrong(tiny_tokenizer):
-    "Pitfall 3: on GPT-2 left padding without position_ids moves the log-prob; rows here pad on the right."
+    """Pitfall 3: on GPT-2 left padding without position_ids moves the log-prob;
+    rows here pad on the right."""
     model = tiny(tiny_tokenizer, "gpt2", initializer_range=.2).double()
     prompt, completion = PROMPTS[0], COMPLETIONS[0][1]
     right, = score_logps(model, [prompt], [[completion]])[0]
@@ -88,7 +93,8 @@ def test_gradient_equals_the_oracles(tiny_tokenizer, architecture):
     parameters = [p for p in model.parameters() if p.requires_grad]
     batch = collate_candidates(PROMPTS, COMPLETIONS)
     weights = torch.randn(11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    ours = torch.autograd.grad((present(sequence_logps(model, batch), batch) * weights).sum(), parameters)
+    ours = torch.autograd.grad((present(sequence_logps(model, batch), batch) * weights).sum(),
+                               parameters)
     theirs = torch.autograd.grad((torch.stack(sum(oracle(model), [])) * weights).sum(), parameters)
     torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-9)
 
@@ -97,7 +103,8 @@ def test_the_eos_is_one_of_the_summed_tokens(tiny_tokenizer):
     "Pitfall 2: log π of a finished response is that of the cut one plus its EOS's."
     model = tiny(tiny_tokenizer).double()
     (finished, cut), = score_logps(model, [[5, 6]], [[[9, 10, EOS], [9, 10]]], pad_id=EOS)
-    assert finished - cut == pytest.approx(oracle_tokens(model, [5, 6], [9, 10, EOS])[-1].item(), abs=1e-12)
+    assert finished - cut == pytest.approx(
+        oracle_tokens(model, [5, 6], [9, 10, EOS])[-1].item(), abs=1e-12)
 
 
 def test_token_logps_agree_with_the_oracle_and_with_trl(tiny_tokenizer):
@@ -108,7 +115,8 @@ def test_token_logps_agree_with_the_oracle_and_with_trl(tiny_tokenizer):
     full = trl.selective_log_softmax(model(batch.input_ids).logits[:, :-1], batch.input_ids[:, 1:])
     for r, (p, c) in enumerate(rows):
         assert mask[r].sum() == len(c) and (logps[r, len(c):] == 0).all()
-        torch.testing.assert_close(logps[r, :len(c)].double(), oracle_tokens(model, p, c), atol=1e-5, rtol=0)
+        torch.testing.assert_close(logps[r, :len(c)].double(), oracle_tokens(model, p, c),
+                                   atol=1e-5, rtol=0)
         torch.testing.assert_close(logps[r, :len(c)], full[r, len(p) - 1:len(p) - 1 + len(c)])
 
 
@@ -133,21 +141,25 @@ def test_sum_and_mean_by_hand():
     ln2 = math.log(2)
     expected = torch.tensor([[-6 * ln2, -ln2], [-6 * ln2, 0]])
     torch.testing.assert_close(sequence_logps(model, batch), expected)
-    torch.testing.assert_close(sequence_logps(model, batch, "mean"), expected / torch.tensor([[3, 1], [2, 1]]))
+    torch.testing.assert_close(sequence_logps(model, batch, "mean"),
+                               expected / torch.tensor([[3, 1], [2, 1]]))
     with pytest.raises(ValueError, match="'sum' or 'mean'"): sequence_logps(model, batch, "avg")
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
 @pytest.mark.parametrize("rows, tokens", [(1, 4), (2, 33), (8, 128)])
 def test_log_softmax_is_in_fp32_for_a_bf16_model(tiny_tokenizer, architecture, rows, tokens):
-    "Pitfall 5: from the same bf16 logits, fp32 errs 1e-6 a token where bf16 errs thousands of times that."
+    """Pitfall 5: from the same bf16 logits, fp32 errs 1e-6 a token where bf16 errs thousands of
+    times that."""
     model = tiny(tiny_tokenizer, architecture, initializer_range=.5).bfloat16()
     prompts = [[5 + r] * (1 + r) for r in range(rows)]
-    batch = collate_candidates(prompts, [[[(7 * r + t) % 200 for t in range(tokens)]] for r in range(rows)])
+    batch = collate_candidates(prompts,
+                               [[[(7 * r + t) % 200 for t in range(tokens)]] for r in range(rows)])
     got, mask = token_logps(model, batch)
     logits, first = _response_logits(model, batch)
     index = batch.prompt_lengths[:, None] + torch.arange(tokens) - 1
-    logits, wanted = logits[torch.arange(rows)[:, None], index - first], batch.input_ids.gather(1, index + 1)
+    logits, wanted = (logits[torch.arange(rows)[:, None], index - first],
+                      batch.input_ids.gather(1, index + 1))
     exact, naive = (x.log_softmax(-1).gather(2, wanted[..., None])[..., 0].double()
                     for x in (logits.double(), logits))
     assert logits.dtype == torch.bfloat16 and got.dtype == torch.float32
@@ -158,20 +170,24 @@ def test_log_softmax_is_in_fp32_for_a_bf16_model(tiny_tokenizer, architecture, r
 def test_dtypes_in_and_out(tiny_tokenizer):
     model, batch = tiny(tiny_tokenizer), collate_candidates(PROMPTS, COMPLETIONS)
     assert sequence_logps(model, batch).dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16): assert sequence_logps(model, batch).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sequence_logps(model, batch).dtype == torch.float32
     assert sequence_logps(copy.deepcopy(model).double(), batch).dtype == torch.float64
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_two_copies_have_log_ratio_zero(tiny_tokenizer, architecture):
-    "Pitfall 7: at step 0 the log-ratio is exactly 0, in training mode too, and VCB's loss is exactly 2."
-    policy, batch = tiny(tiny_tokenizer, architecture).train(), collate_candidates(PROMPTS, COMPLETIONS)
+    """Pitfall 7: at step 0 the log-ratio is exactly 0, in training mode too,
+    and VCB's loss is exactly 2."""
+    policy, batch = (tiny(tiny_tokenizer, architecture).train(),
+                     collate_candidates(PROMPTS, COMPLETIONS))
     reference = copy.deepcopy(policy).eval()
     logps, ref_logps = sequence_logps(policy, batch), sequence_logps(reference, batch)
     assert torch.equal(logps, ref_logps)
     rewards = torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(0))
     loss = preference_loss("vcb", logps, ref_logps, rewards, mask=batch.mask)
-    torch.testing.assert_close(loss.double(), torch.full((4,), 2., dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(loss.double(), torch.full((4,), 2., dtype=torch.float64), atol=1e-6,
+                               rtol=0)
 
 
 def test_disabled_adapter_is_the_reference(tiny_tokenizer):
@@ -205,10 +221,12 @@ def test_a_candidates_log_prob_does_not_depend_on_its_neighbours(tiny_tokenizer)
 
 
 def test_through_ddp(tiny_tokenizer, tmp_path):
-    "A wrapped model is called, not its inside: DDP's hooks see the forward and the gradients are the same."
+    """A wrapped model is called, not its inside: DDP's hooks see the forward and the gradients are
+    the same."""
     model, batch = tiny(tiny_tokenizer), collate_candidates(PROMPTS, COMPLETIONS)
     plain = torch.autograd.grad(sequence_logps(model, batch).sum(), list(model.parameters()))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0,
+                                         world_size=1)
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
         calls = []
@@ -223,7 +241,8 @@ def test_batch_layout():
     batch = collate_candidates([[5, 6], [7]], [[[8, EOS], [9]], [[10, 11, 12]]], pad_id=EOS)
     assert batch.input_ids.tolist() == [[5, 6, 8, 0], [5, 6, 9, 0], [7, 10, 11, 12]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]]
-    assert batch.prompt_lengths.tolist() == [2, 2, 1] and batch.completion_lengths.tolist() == [2, 1, 3]
+    assert (batch.prompt_lengths.tolist() == [2, 2, 1]
+            and batch.completion_lengths.tolist() == [2, 1, 3])
     assert batch.mask.tolist() == [[True, True], [True, False]]
     assert batch.to("meta").input_ids.device.type == batch.to("meta").mask.device.type == "meta"
 
@@ -236,7 +255,8 @@ def test_batch_layout():
 def test_bad_rows_are_named(tiny_tokenizer, prompts, completions, says):
     model = tiny(tiny_tokenizer, max_position_embeddings=64)
     with pytest.raises(InputError, match=says): score_logps(model, prompts, completions)
-    with pytest.raises(InputError, match=says): sequence_logps(model, collate_candidates(prompts, completions))
+    with pytest.raises(InputError, match=says):
+        sequence_logps(model, collate_candidates(prompts, completions))
 
 
 def test_a_batch_needs_a_candidate():

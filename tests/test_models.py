@@ -24,7 +24,8 @@ def make_tokenizer(*special, **roles):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     tokenizer.train_from_iterator([], trainers.BpeTrainer(
-        special_tokens=["<|endoftext|>", *special], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        special_tokens=["<|endoftext|>", *special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", **roles)
 
 
@@ -33,7 +34,8 @@ def tokenizer(): return make_tokenizer("<|padding|>", pad_token="<|padding|>")
 
 
 def tiny(tokenizer, architecture="gpt_neox", **kwargs):
-    return new_policy(tokenizer, architecture, **{"hidden_size": 32, "num_hidden_layers": 2, **kwargs})
+    return new_policy(tokenizer, architecture,
+                      **{"hidden_size": 32, "num_hidden_layers": 2, **kwargs})
 
 
 def logits(model, ids=IDS): return model(ids).logits.detach()
@@ -71,7 +73,8 @@ def test_aliases_and_canonical_names_are_the_same_setting(tokenizer):
 
 
 @pytest.mark.parametrize("architecture, settings, says", [
-    ("gpt_neox", {"hiden_size": 8}, "hidden_size"), ("gptneox", {}, "gpt_neox"), ("t5", {}, "causal LM"),
+    ("gpt_neox", {"hiden_size": 8}, "hidden_size"),
+    ("gptneox", {}, "gpt_neox"), ("t5", {}, "causal LM"),
     ("gpt_neox", {"vocab_size": 8}, "tokenizer"), ("gpt_neox", {"hidden_size": 33}, "hidden size"),
     ("gpt_neox", {"hidden_size": "wide"}, "cannot be built"), ("bloom", {}, "attention")])
 def test_a_bad_setting_is_named(tokenizer, architecture, settings, says):
@@ -79,7 +82,8 @@ def test_a_bad_setting_is_named(tokenizer, architecture, settings, says):
 
 
 def test_device_and_dtype_names():
-    assert as_dtype("torch.bfloat16") is as_dtype("bf16") is torch.bfloat16 and as_dtype(None) is torch.float32
+    assert as_dtype("torch.bfloat16") is as_dtype("bf16") is torch.bfloat16
+    assert as_dtype(None) is torch.float32
     assert pick_device("cpu") == torch.device("cpu") and isinstance(pick_device(), torch.device)
     with pytest.raises(InputError, match="float32"): as_dtype("flaot32")
     with pytest.raises(InputError, match="cuda"): pick_device("cuba")
@@ -158,7 +162,8 @@ def test_a_missing_folder_and_a_name_that_the_hub_lacks(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no such model folder"): load_policy("runs/sft")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InputError, match="neither a folder nor"): load_policy("nobody/no-such-model")
+    with pytest.raises(InputError, match="neither a folder nor"):
+        load_policy("nobody/no-such-model")
 
 
 def test_a_reward_model_is_no_policy_and_the_reverse(base, tokenizer, tmp_path):
@@ -178,7 +183,8 @@ def test_an_adapter_folder_is_loaded_merged(sft_adapter, base):
 
 
 def test_lora_on_top_of_an_sft_adapter(sft_adapter, tokenizer, tmp_path):
-    "Pitfall 12: the reference behind a second adapter is the SFT model, not the base; log-ratio 0 at step 0."
+    """Pitfall 12: the reference behind a second adapter is the SFT model, not the base;
+    log-ratio 0 at step 0."""
     folder, _ = sft_adapter
     sft = load_policy(folder)
     policy = add_lora(load_policy(folder), {"r": 2})
@@ -197,9 +203,11 @@ def test_lora_with_gradient_checkpointing(tokenizer, architecture, reentrant):
     "Pitfall 13: every lora_B gets a gradient, and the same one as without checkpointing."
     grads = []
     for checkpointing in (False, True):
-        model = add_lora(tiny(tokenizer, architecture), {"r": 2, "init_lora_weights": "gaussian"}).train()
+        model = add_lora(tiny(tokenizer, architecture),
+                         {"r": 2, "init_lora_weights": "gaussian"}).train()
         for i, (name, p) in enumerate(model.named_parameters()):
-            if "lora_A" in name: torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(i))
+            if "lora_A" in name:
+                torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(i))
         if checkpointing: model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model(IDS, labels=IDS).loss.backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if "lora_B" in n})
@@ -211,12 +219,14 @@ def test_lora_with_gradient_checkpointing(tokenizer, architecture, reentrant):
 
 
 def test_without_input_gradients_reentrant_checkpointing_gives_none(tokenizer):
-    "Pitfall 13, the bug itself: take away what `add_lora` switches on, and no adapter gets a gradient."
+    """Pitfall 13, the bug itself: take away what `add_lora` switches on,
+    and no adapter gets a gradient."""
     model = add_lora(tiny(tokenizer), {"r": 2}).train()
     assert model.get_input_embeddings()(IDS).requires_grad
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model.get_input_embeddings()._forward_hooks.clear()
-    with pytest.raises(RuntimeError, match="does not require grad"): model(IDS, labels=IDS).loss.backward()
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        model(IDS, labels=IDS).loss.backward()
 
 
 def test_merged_save_leaves_the_model_training(base, tokenizer, tmp_path):
@@ -234,14 +244,16 @@ def test_lora_mistakes_are_named(base, tokenizer, tmp_path):
     with pytest.raises(InputError, match="lora_alpha"): add_lora(model, {"lora_alfa": 16})
     homeless = add_lora(tiny(tokenizer), {"r": 2})
     with pytest.raises(InputError, match="merged"): add_lora(homeless, {"r": 2})
-    with pytest.raises(InputError, match="merge=True"): save_model(homeless, None, tmp_path/"m", merge=False)
+    with pytest.raises(InputError, match="merge=True"):
+        save_model(homeless, None, tmp_path/"m", merge=False)
 
 
 def test_an_adapter_without_its_base_is_named(sft_adapter):
     folder, _ = sft_adapter
     settings = json.loads((folder/"adapter_config.json").read_text())
     for base, says in ((None, "no base model"), ("/nowhere/base", "no such model folder")):
-        (folder/"adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": base}))
+        (folder/"adapter_config.json").write_text(
+            json.dumps({**settings, "base_model_name_or_path": base}))
         with pytest.raises(InputError, match=says): load_policy(folder)
 
 
@@ -302,7 +314,8 @@ def assert_oracle(model, **kwargs):
 @pytest.mark.parametrize("kind", ["own pad", "pad is eos", "no pad"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_score_is_read_at_the_last_token(tmp_path, architecture, kind):
-    "Pitfall 20: scores equal the unpadded float64 oracle, in any batch, also where the tokenizer's pad is its EOS."
+    """Pitfall 20: scores equal the unpadded float64 oracle, in any batch,
+    also where the tokenizer's pad is its EOS."""
     tokenizer = {"own pad": make_tokenizer("<|padding|>", pad_token="<|padding|>"),
                  "pad is eos": make_tokenizer(pad_token="<|endoftext|>"),
                  "no pad": make_tokenizer()}[kind]
@@ -315,7 +328,8 @@ def test_score_is_read_at_the_last_token(tmp_path, architecture, kind):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_score_depends_neither_on_side_nor_on_amount_of_padding(base, tokenizer, tmp_path, architecture):
+def test_score_depends_neither_on_side_nor_on_amount_of_padding(
+        base, tokenizer, tmp_path, architecture):
     "Pitfall 20: the model's own pooling agrees, for any padding on either side."
     save_model(tiny(tokenizer, architecture), tokenizer, tmp_path/"sft")
     model = new_reward_model(tmp_path/"sft", tokenizer).double()
@@ -329,11 +343,13 @@ def test_score_depends_neither_on_side_nor_on_amount_of_padding(base, tokenizer,
 
 
 def test_a_foreign_reward_model_with_pad_equal_to_eos(base, tmp_path):
-    "Pitfall 20: loading gives it a padding id of its own, from its tokenizer, a free row, or one row more."
+    """Pitfall 20: loading gives it a padding id of its own, from its tokenizer, a free row,
+    or one row more."""
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     model.config.pad_token_id = model.config.eos_token_id = 0
     shared = {"pad_token": "<|endoftext|>"}
-    for name, saved in (("no tokenizer", None), ("a pad token", make_tokenizer("<|pad|>", **shared)),
+    for name, saved in (("no tokenizer", None),
+                        ("a pad token", make_tokenizer("<|pad|>", **shared)),
                         ("a free row", make_tokenizer(**shared))):
         save_model(model, saved, tmp_path/name)
         loaded = load_reward_model(tmp_path/name, dtype="float64")
@@ -347,7 +363,8 @@ def test_the_ending_is_part_of_what_is_scored(base, tokenizer):
     model = new_reward_model(base, tokenizer).double()
     (finished, cut), = reward_scores(model, [[5, 6]], [[[9, 10, 0], [9, 10]]])
     assert finished == pytest.approx(oracle(model, [5, 6], [9, 10, 0]), abs=1e-12)
-    assert cut == pytest.approx(oracle(model, [5, 6], [9, 10]), abs=1e-12) and abs(finished - cut) > 1e-3
+    assert cut == pytest.approx(oracle(model, [5, 6], [9, 10]), abs=1e-12)
+    assert abs(finished - cut) > 1e-3
 
 
 def test_reward_model_is_the_policys_trunk(sft_adapter, tokenizer):
@@ -374,7 +391,8 @@ def test_reward_model_with_lora(base, tokenizer, tmp_path):
 
 def test_what_is_no_reward_model_is_refused(base, tokenizer, tmp_path):
     two = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
-    with pytest.raises(InputError, match="2 numbers"): load_reward_model(save_model(two, None, tmp_path/"two"))
+    with pytest.raises(InputError, match="2 numbers"):
+        load_reward_model(save_model(two, None, tmp_path/"two"))
     folder = save_model(new_reward_model(base, tokenizer), tokenizer, tmp_path/"rm")
     tensors = load_file(folder/"model.safetensors")
     tensors.pop("score.weight")
@@ -399,7 +417,8 @@ def test_rows_that_cannot_be_scored_are_named(base, tokenizer):
 def test_token_batches_partition_the_rows(lengths, budget):
     batches = token_batches(lengths, budget)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    for batch in batches: assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= budget
+    for batch in batches:
+        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= budget
 
 
 def test_pad_rows_masks_by_length_not_by_id():

@@ -1,7 +1,8 @@
 """Every notebook runs from top to bottom in an empty folder, with only the built wheel.
 
-The lessons' shared run is made once, by the first notebook that needs it, and copied into the folder of
-the others: what is tested is the notebook, not the making of the same small models again."""
+The lessons' shared run is made once, by the first notebook that needs it, and copied into the
+folder of the others: what is tested is the notebook, not the making of the same small models
+again."""
 import os, shutil, subprocess, sys
 from pathlib import Path
 
@@ -18,9 +19,11 @@ def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     source = out/"source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build", "dist", "*.egg-info"))
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(
+        ".git", ".venv", "runs", "build", "dist", "*.egg-info"))
     subprocess.run([*pip, "wheel", "--no-deps", "-w", out, source], check=True)
-    subprocess.run([*pip, "install", "--no-deps", "--target", out/"site", *out.glob("*.whl")], check=True)
+    subprocess.run([*pip, "install", "--no-deps", "--target", out/"site", *out.glob("*.whl")],
+                   check=True)
     return out/"site"
 
 
@@ -55,7 +58,8 @@ def test_notebook_has_its_form(path):
     relative = path.relative_to(ROOT/"nbs").as_posix()
     assert f"colab.research.google.com/github/vcb-nb/vcb_nb/blob/main/nbs/{relative}" in text
     outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
-    assert not [o for o in outputs if o.output_type == "error"] and "widgets" not in notebook.metadata
+    assert (not [o for o in outputs if o.output_type == "error"]
+            and "widgets" not in notebook.metadata)
 
 
 def test_library_is_what_the_notebooks_export(tmp_path):
@@ -64,7 +68,8 @@ def test_library_is_what_the_notebooks_export(tmp_path):
     (tmp_path/"vcb_nb").mkdir()
     for path in NOTEBOOKS: nbdev.nb_export(path, lib_path=tmp_path/"vcb_nb")
     for made in (tmp_path/"vcb_nb").glob("[!_]*.py"):
-        body = lambda p: [l for l in p.read_text("utf-8").splitlines() if "File to edit" not in l and not l.startswith("# %%")]
+        body = lambda p: [l for l in p.read_text("utf-8").splitlines()
+                          if "File to edit" not in l and not l.startswith("# %%")]
         assert body(made) == body(ROOT/"vcb_nb"/made.name), f"{made.name}: run nbdev-export"
 
 

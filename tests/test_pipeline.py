@@ -1,6 +1,8 @@
-"""The pipeline's books: what is done is skipped, what is cut off goes on, what is stale or altered is said.
+"""The pipeline's books: what is done is skipped, what is cut off goes on, what is stale or altered
+is said.
 
-The cheap stages (data, tokenizer) stand for all of them; the last tests run every stage at a tiny size."""
+The cheap stages (data, tokenizer) stand for all of them; the last tests run every stage at a tiny
+size."""
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -14,12 +16,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def small(folder, **changes):
-    sections = {"data": {"world": dict(demonstrations=40, pairs=30, prompts=20, validation=10, test=10, ood=10)},
-                "tokenizer": {"vocab_size": 300}, **changes}
+    world = dict(demonstrations=40, pairs=30, prompts=20, validation=10, test=10, ood=10)
+    sections = {"data": {"world": world}, "tokenizer": {"vocab_size": 300}, **changes}
     return check_recipe({"name": "t", "seed": 0, "output_dir": str(folder), **sections})
 
 
-def stamps(folder): return {p: p.stat().st_mtime_ns for p in Path(folder).rglob("*") if p.is_file() and p.name not in ("recipe.yaml", ".lock")}
+def stamps(folder):
+    return {p: p.stat().st_mtime_ns for p in Path(folder).rglob("*")
+            if p.is_file() and p.name not in ("recipe.yaml", ".lock")}
 
 
 def test_second_call_does_nothing(tmp_path):
@@ -32,7 +36,9 @@ def test_second_call_does_nothing(tmp_path):
 def test_manifest_says_what_made_it(tmp_path):
     run_recipe(small(tmp_path))
     manifest = read_manifest(tmp_path/"tokenizer")
-    assert manifest["settings"] == {"vocab_size": 300} and manifest["versions"]["torch"] and manifest["seconds"] >= 0
+    assert manifest["settings"] == {"vocab_size": 300}
+    assert manifest["versions"]["torch"]
+    assert manifest["seconds"] >= 0
     assert manifest["inputs"] == {"data": fingerprint(tmp_path/"data"/"files"/"texts.jsonl")}
 
 
@@ -41,13 +47,15 @@ def test_changed_recipe_is_refused_and_named(tmp_path):
     with pytest.raises(InputError, match=r"tokenizer.*vocab_size: 300 → 320.*--redo"):
         run_recipe(small(tmp_path, tokenizer={"vocab_size": 320}))
     assert read_manifest(tmp_path/"tokenizer")["settings"]["vocab_size"] == 300
-    assert run_recipe(small(tmp_path, tokenizer={"vocab_size": 320}), redo=True)["tokenizer"] == "stale"
+    changed = small(tmp_path, tokenizer={"vocab_size": 320})
+    assert run_recipe(changed, redo=True)["tokenizer"] == "stale"
     assert read_manifest(tmp_path/"tokenizer")["settings"]["vocab_size"] == 320
 
 
 def test_changed_input_makes_what_follows_stale(tmp_path):
     run_recipe(small(tmp_path))
-    other = small(tmp_path, data={"world": dict(demonstrations=41, pairs=30, prompts=20, validation=10, test=10, ood=10)})
+    world = dict(demonstrations=41, pairs=30, prompts=20, validation=10, test=10, ood=10)
+    other = small(tmp_path, data={"world": world})
     run_recipe(other, upto="data", redo=True)
     assert job_state(plan(other)[1]) == ("stale", "other data")
 
@@ -60,7 +68,9 @@ def test_cosmetic_change_is_no_reason(tmp_path):
     assert all(job_settings(j) == job_settings(key[j.name]) for j in plan(recipe))
 
 
-@pytest.mark.parametrize("harm", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:100])], ids=["deleted", "truncated"])
+@pytest.mark.parametrize("harm", [
+    lambda p: p.unlink(),
+    lambda p: p.write_bytes(p.read_bytes()[:100])], ids=["deleted", "truncated"])
 def test_file_harmed_behind_the_runs_back_is_made_again(tmp_path, harm):
     run_recipe(small(tmp_path))
     whole = (tmp_path/"data"/"files"/"pairs.jsonl").read_text()
@@ -84,7 +94,8 @@ def test_two_runs_in_one_folder_at_once(tmp_path):
 
 
 def test_upto_names_what_there_is(tmp_path):
-    with pytest.raises(InputError, match="no stage 'sft'; it has data, tokenizer"): run_recipe(small(tmp_path), upto="sft")
+    with pytest.raises(InputError, match="no stage 'sft'; it has data, tokenizer"):
+        run_recipe(small(tmp_path), upto="sft")
 
 
 def test_world_or_pairs(tmp_path):
@@ -92,8 +103,8 @@ def test_world_or_pairs(tmp_path):
 
 
 def vcb(*words, **kwargs):
-    return subprocess.Popen([sys.executable, "-m", "vcb_nb.cli", *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, **kwargs)
+    return subprocess.Popen([sys.executable, "-m", "vcb_nb.cli", *map(str, words)], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +119,8 @@ def whole(tmp_path_factory):
 
 @pytest.mark.slow
 def test_every_stage_runs_and_reports(whole):
-    assert (whole/"report"/"index.html").stat().st_size > 20_000 and (whole/"report"/"report.md").exists()
+    assert (whole/"report"/"index.html").stat().st_size > 20_000
+    assert (whole/"report"/"report.md").exists()
     summary = read_json(whole/"evaluate"/"summary.json")
     recipe = load_recipe(str(ROOT/"tests"/"tiny.yaml"))
     methods = {p["method"] for p in summary["policies"].values()}
@@ -129,14 +141,16 @@ def contents(folder):
     "What must not depend on kills: candidates, rewards, and every number of the evaluation."
     rows = {p.relative_to(folder).as_posix(): p.read_text() for p in folder.glob("*/data/*.jsonl")}
     summary = read_json(folder/"evaluate"/"summary.json")
-    return rows, {n: (p["splits"]["test"]["gold"], p["splits"]["test"]["kl"]) for n, p in summary["policies"].items()}
+    return rows, {n: (p["splits"]["test"]["gold"], p["splits"]["test"]["kl"])
+                  for n, p in summary["policies"].items()}
 
 
 @pytest.mark.slow
 def test_kill_and_run_again(whole, tmp_path):
     "SIGKILL at several moments; the run completes, and equals the undisturbed one."
     for seconds in (9, 13, 17):
-        process = vcb("run", ROOT/"tests"/"tiny.yaml", "--output_dir", tmp_path, start_new_session=True)
+        process = vcb("run", ROOT/"tests"/"tiny.yaml", "--output_dir", tmp_path,
+                      start_new_session=True)
         time.sleep(seconds)
         try: os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError: pass

@@ -1,18 +1,21 @@
-"From sources to a run's files: openings never cross the split, and the split depends on nothing but the row."
+"""From sources to a run's files: openings never cross the split, and the split depends on nothing
+but the row."""
 import random
 
 import pytest
 
 from vcb_nb.artifacts import InputError, write_jsonl
 from vcb_nb.data import load_rows
-from vcb_nb.prepare import PrepareConfig, TokenizerConfig, make_tokenizer, opening, prepare, split_side
+from vcb_nb.prepare import (PrepareConfig, TokenizerConfig, make_tokenizer, opening, prepare,
+                            split_side)
 
 
 def pairs(n):
     "Dialogues of one and of two turns on n openings."
     first = [f"\n\nHuman: Why is {i} odd?\n\nAssistant:" for i in range(n)]
     longer = [p + " Look.\n\nHuman: I did!\n\nAssistant:" for p in first]
-    return [{"prompt": p, "chosen": f" yes {k}", "rejected": f" no {k}"} for k, p in enumerate(first + longer)]
+    return [{"prompt": p, "chosen": f" yes {k}", "rejected": f" no {k}"}
+            for k, p in enumerate(first + longer)]
 
 
 def read(folder, name): return list(load_rows(str(folder/"files"/f"{name}.jsonl")))
@@ -20,9 +23,12 @@ def read(folder, name): return list(load_rows(str(folder/"files"/f"{name}.jsonl"
 
 def test_openings_do_not_cross_the_split(tmp_path):
     write_jsonl(tmp_path/"p.jsonl", pairs(200))
-    prepare(PrepareConfig(output_dir=str(tmp_path/"out"), pairs=[str(tmp_path/"p.jsonl")], test_share=.2, validation_share=.1))
-    train = {opening(r["prompt"]) for name in ("pairs", "demonstrations", "prompts") for r in read(tmp_path/"out", name)}
-    held = {opening(r["prompt"]) for name in ("pairs_test", "prompts_test", "prompts_validation") for r in read(tmp_path/"out", name)}
+    prepare(PrepareConfig(output_dir=str(tmp_path/"out"), pairs=[str(tmp_path/"p.jsonl")],
+                          test_share=.2, validation_share=.1))
+    train = {opening(r["prompt"]) for name in ("pairs", "demonstrations", "prompts")
+             for r in read(tmp_path/"out", name)}
+    held = {opening(r["prompt"]) for name in ("pairs_test", "prompts_test", "prompts_validation")
+            for r in read(tmp_path/"out", name)}
     assert train and held and not train & held
 
 
@@ -41,34 +47,41 @@ def test_split_does_not_depend_on_order_or_company(tmp_path):
 
 def test_shares_are_met():
     sides = [split_side(r["prompt"], .25, .25) for r in pairs(2000)]
-    assert abs(sides.count("test")/4000 - .25) < .04 and abs(sides.count("validation")/4000 - .25) < .04
+    assert abs(sides.count("test")/4000 - .25) < .04
+    assert abs(sides.count("validation")/4000 - .25) < .04
 
 
 def test_shares_and_seed():
     prompts = [r["prompt"] for r in pairs(300)]
-    assert {split_side(p, 0, 0) for p in prompts} == {"train"} and {split_side(p, 1, 0) for p in prompts} == {"test"}
-    assert [split_side(p, .5, seed=0) for p in prompts] != [split_side(p, .5, seed=1) for p in prompts]
+    assert {split_side(p, 0, 0) for p in prompts} == {"train"}
+    assert {split_side(p, 1, 0) for p in prompts} == {"test"}
+    assert ([split_side(p, .5, seed=0) for p in prompts]
+            != [split_side(p, .5, seed=1) for p in prompts])
 
 
 def test_empty_split_is_said(tmp_path):
     write_jsonl(tmp_path/"p.jsonl", pairs(3))
     with pytest.raises(InputError, match="split 'pairs_test' came out empty"):
-        prepare(PrepareConfig(output_dir=str(tmp_path/"out"), pairs=[str(tmp_path/"p.jsonl")], test_share=0.))
+        prepare(PrepareConfig(output_dir=str(tmp_path/"out"), pairs=[str(tmp_path/"p.jsonl")],
+                              test_share=0.))
     assert not (tmp_path/"out"/"files").exists()
 
 
 def test_real_hh_and_the_hubs_own_columns_give_the_same_split(tmp_path, shared_data):
     own = shared_data/"hh_harmless_base_test"/"dev.jsonl.gz"
-    hub = [{"chosen": r["prompt"] + r["chosen"], "rejected": r["prompt"] + r["rejected"]} for r in load_rows(str(own))]
+    hub = [{"chosen": r["prompt"] + r["chosen"], "rejected": r["prompt"] + r["rejected"]}
+           for r in load_rows(str(own))]
     write_jsonl(tmp_path/"hub.jsonl", hub)
     for name, source in (("a", own), ("b", tmp_path/"hub.jsonl")):
         prepare(PrepareConfig(output_dir=str(tmp_path/name), pairs=[str(source)]))
-    for name in ("pairs", "pairs_test", "prompts_test"): assert read(tmp_path/"a", name) == read(tmp_path/"b", name)
+    for name in ("pairs", "pairs_test", "prompts_test"):
+        assert read(tmp_path/"a", name) == read(tmp_path/"b", name)
 
 
 def test_tokenizer_stage(tmp_path):
     write_jsonl(tmp_path/"t.jsonl", [{"text": "a small river ran by the old mill"}]*5)
-    made = make_tokenizer(TokenizerConfig(output_dir=str(tmp_path/"tok"), data=str(tmp_path/"t.jsonl"), vocab_size=280))
+    made = make_tokenizer(TokenizerConfig(output_dir=str(tmp_path/"tok"),
+                                          data=str(tmp_path/"t.jsonl"), vocab_size=280))
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(tmp_path/"tok"/"model")
     assert len(tokenizer) == made["vocab_size"] and tokenizer.eos_token_id != tokenizer.pad_token_id

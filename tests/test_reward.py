@@ -8,10 +8,11 @@ from transformers import TrainerCallback
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.data import encode_completion, encode_prompt, load_pairs
-from vcb_nb.models import load_reward_model, load_tokenizer, new_policy, new_reward_model, reward_scores, save_model
-from vcb_nb.reward import (RewardConfig, bootstrap_interval, bradley_terry_loss, collate_pairs, encode_pair,
-                           reliability_table, reward_datasets, reward_metrics, reward_trainer, split_scores,
-                           train_reward, wilson_interval)
+from vcb_nb.models import (load_reward_model, load_tokenizer, new_policy, new_reward_model,
+                           reward_scores, save_model)
+from vcb_nb.reward import (RewardConfig, bootstrap_interval, bradley_terry_loss, collate_pairs,
+                           encode_pair, reliability_table, reward_datasets, reward_metrics,
+                           reward_trainer, split_scores, train_reward, wilson_interval)
 from vcb_nb.training import read_curve
 
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128)
@@ -27,7 +28,8 @@ def toy_pairs(n, seed=0):
     "Good is better than dull, whatever the noun and however often it is said."
     rng = random.Random(seed)
     say = lambda w: " It was " + " and ".join([w] * rng.choice((1, 2, 3))) + "."
-    return [dict(prompt=f"How was the {rng.choice(NOUNS)} {i}?", chosen=say("good"), rejected=say("dull")) for i in range(n)]
+    return [dict(prompt=f"How was the {rng.choice(NOUNS)} {i}?",
+                 chosen=say("good"), rejected=say("dull")) for i in range(n)]
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +41,10 @@ def files(tmp_path_factory, tiny_tokenizer):
 
 
 def config(files, out, **changes):
-    settings = dict(model=str(files/"sft"), pairs=str(files/"pairs.jsonl"), output_dir=str(out), warmup_steps=0,
-                    max_prompt_length=48, max_length=100, learning_rate=3e-3, logging_steps=1, max_steps=8,
-                    disable_tqdm=True, per_device_train_batch_size=8, eval_share=.2)
+    settings = dict(model=str(files/"sft"), pairs=str(files/"pairs.jsonl"), output_dir=str(out),
+                    warmup_steps=0, max_prompt_length=48, max_length=100, learning_rate=3e-3,
+                    logging_steps=1, max_steps=8, disable_tqdm=True,
+                    per_device_train_batch_size=8, eval_share=.2)
     return RewardConfig(**{**settings, **changes})
 
 
@@ -75,7 +78,8 @@ def test_loss_is_the_bradley_terry_likelihood():
 
 def test_loss_is_finite_far_out_and_centering_is_a_square():
     far = torch.tensor([-1e4, 1e4], dtype=torch.float64)
-    torch.testing.assert_close(bradley_terry_loss(far, torch.zeros(2)), torch.tensor([1e4, 0.], dtype=torch.float64))
+    torch.testing.assert_close(bradley_terry_loss(far, torch.zeros(2)),
+                               torch.tensor([1e4, 0.], dtype=torch.float64))
     w, l = torch.tensor([1., 2.]), torch.tensor([3., -2.])
     extra = bradley_terry_loss(w, l, center_coefficient=.1) - bradley_terry_loss(w, l)
     torch.testing.assert_close(extra, torch.tensor([1.6, 0.]))
@@ -84,10 +88,12 @@ def test_loss_is_finite_far_out_and_centering_is_a_square():
 def test_training_loss_equals_the_oracle(files, tmp_path):
     "With a margin column and centering, over all pairs, in one forward pass each."
     rows = [{**r, "margin": i % 3 / 2} for i, r in enumerate(toy_pairs(12))]
-    c = config(files, tmp_path, pairs=write_rows(tmp_path/"p.jsonl", rows), eval_share=0, learning_rate=0.,
-               per_device_train_batch_size=4, gradient_accumulation_steps=3, max_steps=1, center_rewards_coefficient=.1)
+    c = config(files, tmp_path, pairs=write_rows(tmp_path/"p.jsonl", rows), eval_share=0,
+               learning_rate=0., per_device_train_batch_size=4, gradient_accumulation_steps=3,
+               max_steps=1, center_rewards_coefficient=.1)
     trainer = trainer_of(c)
-    scores = oracle_scores(new_reward_model(c.model, trainer.processing_class, seed=c.seed), trainer.processing_class, rows)
+    scores = oracle_scores(new_reward_model(c.model, trainer.processing_class, seed=c.seed),
+                           trainer.processing_class, rows)
     gap = scores[:, 0] - scores[:, 1] - [r["margin"] for r in rows]
     trainer.train()
     expected = (np.log1p(np.exp(-gap)) + .1 * scores.sum(1) ** 2).mean()
@@ -108,24 +114,28 @@ def test_accumulation_changes_nothing(files, tmp_path):
     "Pitfall 14: 1×8 and 8×1 give the same losses and gradient norms, a short last step included."
     logs = []
     for batch, steps in ((8, 1), (1, 8)):
-        c = config(files, tmp_path/str(batch), pairs=write_rows(tmp_path/"p.jsonl", toy_pairs(21)), eval_share=0, max_steps=3,
-                   per_device_train_batch_size=batch, gradient_accumulation_steps=steps, max_grad_norm=1e9)
+        c = config(files, tmp_path/str(batch), pairs=write_rows(tmp_path/"p.jsonl", toy_pairs(21)),
+                   eval_share=0, max_steps=3, per_device_train_batch_size=batch,
+                   gradient_accumulation_steps=steps, max_grad_norm=1e9)
         train_reward(c)
         logs.append([read_curve(c.output_dir, key)[1] for key in ("loss", "grad_norm")])
-    for a, b in zip(*logs): torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=3e-4, atol=1e-6)
+    for a, b in zip(*logs):
+        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=3e-4, atol=1e-6)
 
 
 # Pairs and endings
 
 def test_scores_are_read_at_the_last_token(files, tmp_path):
-    "Pitfall 20: the batch of the trainer gives the scores of `reward_scores`, whatever the padding."
+    """Pitfall 20: the batch of the trainer gives the scores of `reward_scores`,
+    whatever the padding."""
     trainer = trainer_of(config(files, tmp_path))
     rows = [trainer.train_dataset[i] for i in range(12)]
     batch = collate_pairs(rows, trainer.model.config.pad_token_id)
     wide = {k: torch.nn.functional.pad(batch[k], (0, 9), value=v) for k, v in
             (("input_ids", trainer.model.config.pad_token_id), ("attention_mask", 0))}
     source = {r["prompt"]: r for r in load_pairs(files/"pairs.jsonl")}
-    expected = oracle_scores(trainer.model, trainer.processing_class, [source[r["prompt"]] for r in rows])
+    expected = oracle_scores(trainer.model, trainer.processing_class,
+                             [source[r["prompt"]] for r in rows])
     for inputs in (batch, wide):
         with torch.no_grad():
             logits = trainer.model(**{k: inputs[k] for k in ("input_ids", "attention_mask")}).logits
@@ -138,23 +148,31 @@ def test_ending_says_whether_the_text_is_whole(tiny_tokenizer):
     row = dict(prompt="How?", chosen=" good" * 50, rejected=" dull")
     pair = encode_pair(tiny_tokenizer, row, 20, 40)
     assert len(pair["chosen_ids"]) == 40 and eos not in pair["chosen_ids"] and pair["cut"]
-    assert pair["rejected_ids"] == encode_prompt(tiny_tokenizer, "How?") + encode_completion(tiny_tokenizer, " dull")[0]
+    assert pair["rejected_ids"] == (encode_prompt(tiny_tokenizer, "How?")
+                                    + encode_completion(tiny_tokenizer, " dull")[0])
     assert pair["rejected_ids"][-1] == eos and pair["length"] == 40
 
 
 def test_useless_pairs_are_dropped_and_counted(files, tmp_path):
     "Pitfall 28: blank or equal sides, and sides that a cut makes equal, never reach the loss."
-    rows = toy_pairs(10) + [dict(prompt="a", chosen="", rejected=" x"), dict(prompt="b", chosen=" x", rejected=" x"),
-                            dict(prompt="c", chosen=" good" * 80 + " a", rejected=" good" * 80 + " b")]
-    summary = train_reward(config(files, tmp_path, pairs=write_rows(tmp_path/"p.jsonl", rows), eval_share=0, max_steps=1))
-    assert summary["rows"] == 10 and summary["dropped"] == {"not a pair": 2, "same after the cut": 1}
+    rows = toy_pairs(10) + [dict(prompt="a", chosen="", rejected=" x"),
+                            dict(prompt="b", chosen=" x", rejected=" x"),
+                            dict(prompt="c", chosen=" good" * 80 + " a",
+                                 rejected=" good" * 80 + " b")]
+    summary = train_reward(config(files, tmp_path, pairs=write_rows(tmp_path/"p.jsonl", rows),
+                                  eval_share=0, max_steps=1))
+    assert summary["rows"] == 10
+    assert summary["dropped"] == {"not a pair": 2, "same after the cut": 1}
     equal = write_rows(tmp_path/"q.jsonl", rows[-1:])
-    with pytest.raises(InputError, match="equal after the cut"): train_reward(config(files, tmp_path/"q", pairs=equal, eval_share=0))
+    with pytest.raises(InputError, match="equal after the cut"):
+        train_reward(config(files, tmp_path/"q", pairs=equal, eval_share=0))
 
 
 def test_completion_that_begins_the_other(tiny_tokenizer):
-    "Pitfall 29: where one completion is a prefix of the other, EOS tells them apart; prompts stay equal."
-    pair = encode_pair(tiny_tokenizer, dict(prompt="How?\n", chosen=" It was good", rejected=" It was good and warm"), 20, 40)
+    """Pitfall 29: where one completion is a prefix of the other, EOS tells them apart;
+    prompts stay equal."""
+    row = dict(prompt="How?\n", chosen=" It was good", rejected=" It was good and warm")
+    pair = encode_pair(tiny_tokenizer, row, 20, 40)
     n = len(encode_prompt(tiny_tokenizer, "How?\n"))
     assert pair["chosen_ids"][:n] == pair["rejected_ids"][:n] and not pair["same"]
     assert pair["chosen_ids"][:-1] == pair["rejected_ids"][:len(pair["chosen_ids"]) - 1]
@@ -162,14 +180,16 @@ def test_completion_that_begins_the_other(tiny_tokenizer):
 
 
 def test_hh_pairs_are_read(files, tmp_path, shared_data):
-    "Pitfall 29: real dialogues; every row is used, or counted as dropped; prompts stay on one side."
+    """Pitfall 29: real dialogues; every row is used, or counted as dropped;
+    prompts stay on one side."""
     source = next((shared_data/"hh_harmless_base_test").rglob("*.jsonl*"))
     with (gzip.open if source.suffix == ".gz" else open)(source, "rt", encoding="utf-8") as f:
         rows = [json.loads(line) for line in itertools.islice(f, 300)]
     c = config(files, tmp_path, pairs=write_rows(tmp_path/"hh.jsonl", rows), eval_share=.1)
     train, held, dropped = reward_datasets(c, load_tokenizer(c.model))
     counted = len(train) + len(held) + sum(dropped.values())
-    assert counted in (300, 299, 298) and len(train) + len(held) > 250 # held-out drops are not listed
+    assert counted in (300, 299, 298)
+    assert len(train) + len(held) > 250 # held-out drops are not listed
     assert max(train["length"]) <= 100 and not set(train["prompt"]) & set(held["prompt"])
 
 
@@ -186,7 +206,8 @@ def test_metrics_by_hand():
     assert (low["pairs"], high["pairs"]) == (2, 2) # confidences ½ and .73 · .88 and .99
     assert low["accuracy"] == .25 and high["accuracy"] == 1.
     assert low["confidence"] == pytest.approx((.5 + 1 - p[1]) / 2)
-    assert m["ece"] == pytest.approx(.5 * abs(.25 - low["confidence"]) + .5 * abs(1 - high["confidence"]))
+    assert m["ece"] == pytest.approx(.5 * abs(.25 - low["confidence"])
+                                     + .5 * abs(1 - high["confidence"]))
 
 
 def test_one_order_has_all_that_both_orders_have():
@@ -195,8 +216,10 @@ def test_one_order_has_all_that_both_orders_have():
     gaps = rng.normal(.5, 2, 4000)
     p, label = 1 / (1 + np.exp(-np.concatenate([gaps, -gaps]))), np.repeat([1., 0.], 4000)
     bins = np.minimum((p * 20).astype(int), 19)
-    both = sum(abs(label[bins == b].mean() - p[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins))
-    ours = sum(r["pairs"] * abs(r["accuracy"] - r["confidence"]) for r in reliability_table(gaps)) / 4000
+    both = sum(abs(label[bins == b].mean() - p[bins == b].mean()) * (bins == b).mean()
+               for b in np.unique(bins))
+    ours = sum(r["pairs"] * abs(r["accuracy"] - r["confidence"])
+               for r in reliability_table(gaps)) / 4000
     assert ours == pytest.approx(both, rel=1e-9)
 
 
@@ -205,7 +228,8 @@ def test_true_probabilities_are_calibrated_and_doubled_ones_are_not():
     size = np.abs(rng.normal(0, 2, 20000))
     gaps = np.where(rng.random(20000) < 1 / (1 + np.exp(-size)), size, -size)
     honest, boastful = (reward_metrics(k * gaps, 0 * gaps) for k in (1, 2))
-    assert honest["ece"] < .015 < .05 < boastful["ece"] and honest["accuracy"] == boastful["accuracy"]
+    assert honest["ece"] < .015 < .05 < boastful["ece"]
+    assert honest["accuracy"] == boastful["accuracy"]
     assert honest["brier"] < boastful["brier"] and honest["log_loss"] < boastful["log_loss"]
     assert all(r["low"] <= r["accuracy"] <= r["high"] for r in honest["reliability"])
     inside = [r["low"] <= r["confidence"] <= r["high"] for r in honest["reliability"]]
@@ -227,7 +251,8 @@ def test_bootstrap_covers_the_truth_and_widens_for_shared_prompts():
 def test_wilson_interval_is_the_root_of_its_equation():
     for k, n in ((0, 5), (3, 7), (7, 7), (500, 1000)):
         for edge in wilson_interval(k, n):
-            assert (k / n - edge) ** 2 == pytest.approx(1.96 ** 2 * edge * (1 - edge) / n, abs=1e-12)
+            assert (k / n - edge) ** 2 == pytest.approx(
+                1.96 ** 2 * edge * (1 - edge) / n, abs=1e-12)
 
 
 def test_extreme_gaps_give_finite_numbers():
@@ -241,11 +266,14 @@ def test_extreme_gaps_give_finite_numbers():
 @pytest.mark.parametrize("lora", [None, dict(r=4)])
 def test_learns_separable_pairs_and_saves_what_it_reports(files, tmp_path, lora):
     test = write_rows(tmp_path/"test.jsonl", toy_pairs(41, seed=9))
-    c = config(files, tmp_path, eval_pairs=test, max_steps=60, peft_config=lora, learning_rate=3e-3 if lora is None else 2e-2)
+    c = config(files, tmp_path, eval_pairs=test, max_steps=60, peft_config=lora,
+               learning_rate=3e-3 if lora is None else 2e-2)
     report = train_reward(c)
     losses = read_curve(tmp_path)[1]
     assert losses[0] == pytest.approx(math.log(2), abs=.25) and losses[-1] < .2 * losses[0]
-    assert report["accuracy"] > .95 and report["accuracy_interval"][0] > .85 and report["pairs"] == 41
+    assert report["accuracy"] > .95
+    assert report["accuracy_interval"][0] > .85
+    assert report["pairs"] == 41
     model, tokenizer = load_reward_model(tmp_path/"model"), load_tokenizer(tmp_path/"model")
     scores = oracle_scores(model, tokenizer, toy_pairs(41, seed=9))
     assert (scores[:, 0] - scores[:, 1]).mean() == pytest.approx(report["margin"], rel=1e-3)
@@ -262,7 +290,8 @@ def test_evaluation_does_not_depend_on_the_batch(files, tmp_path, batch):
     rows = [source[p] for p in trainer.eval_dataset["prompt"]]
     scores = oracle_scores(trainer.model, trainer.processing_class, rows)
     metrics = trainer.evaluate()
-    assert metrics["eval_loss"] == pytest.approx(np.log1p(np.exp(scores[:, 1] - scores[:, 0])).mean(), rel=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(
+        np.log1p(np.exp(scores[:, 1] - scores[:, 0])).mean(), rel=1e-5)
     assert metrics["eval_accuracy"] == (scores[:, 0] > scores[:, 1]).mean()
 
 
@@ -290,7 +319,10 @@ def test_resumed_run_equals_an_undisturbed_one(files, tmp_path, monkeypatch, lor
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(pairs=None), "pairs is not set"), (dict(model=None), "model is not set"), (dict(max_prompt_length=100), "leaves no room"),
-    (dict(peft_config=dict(rank=4)), "LoRA has no setting"), (dict(eval_share=1.), "eval_share is 1")])
+    (dict(pairs=None), "pairs is not set"),
+    (dict(model=None), "model is not set"),
+    (dict(max_prompt_length=100), "leaves no room"),
+    (dict(peft_config=dict(rank=4)), "LoRA has no setting"),
+    (dict(eval_share=1.), "eval_share is 1")])
 def test_bad_settings_are_named(files, tmp_path, changes, message):
     with pytest.raises(InputError, match=message): train_reward(config(files, tmp_path, **changes))

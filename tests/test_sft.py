@@ -1,4 +1,5 @@
-"Fine-tuning: which tokens carry the loss, how it is averaged, what is learned, what survives a kill."
+"""Fine-tuning: which tokens carry the loss, how it is averaged, what is learned, what survives
+a kill."""
 import json, random, shutil
 
 import pytest, torch
@@ -35,9 +36,10 @@ def files(tmp_path_factory, tiny_tokenizer):
 
 
 def config(files, out, **changes):
-    settings = dict(tokenizer=str(files/"tokenizer"), model_config=TINY, data=str(files/"rows.jsonl"),
-                    output_dir=str(out), max_prompt_length=32, max_length=64, learning_rate=1e-2, warmup_steps=0,
-                    logging_steps=1, max_steps=8, disable_tqdm=True, per_device_train_batch_size=8)
+    settings = dict(tokenizer=str(files/"tokenizer"), model_config=TINY,
+                    data=str(files/"rows.jsonl"), output_dir=str(out), max_prompt_length=32,
+                    max_length=64, learning_rate=1e-2, warmup_steps=0, logging_steps=1,
+                    max_steps=8, disable_tqdm=True, per_device_train_batch_size=8)
     return SFTConfig(**{**settings, **changes})
 
 
@@ -56,7 +58,8 @@ def assert_same_weights(a, b):
 
 
 def oracle_loss(model, tokenizer, rows):
-    "Mean over completion tokens of -log p(token | all before), row by row, without padding or labels."
+    """Mean over completion tokens of -log p(token | all before), row by row,
+    without padding or labels."""
     nll = []
     for row in rows:
         prompt = encode_prompt(tokenizer, row["prompt"])
@@ -78,8 +81,8 @@ def test_evaluation_is_cross_entropy_over_completion_tokens_only(files, tmp_path
 
 def test_training_loss_is_the_same_quantity(files, tmp_path):
     rows = [json.loads(line) for line in open(files/"rows.jsonl")]
-    c = config(files, tmp_path, model=str(files/"model"), eval_share=0, learning_rate=0., max_steps=1,
-               per_device_train_batch_size=16, gradient_accumulation_steps=3)
+    c = config(files, tmp_path, model=str(files/"model"), eval_share=0, learning_rate=0.,
+               max_steps=1, per_device_train_batch_size=16, gradient_accumulation_steps=3)
     trainer = trainer_of(c)
     trainer.train()
     expected = oracle_loss(load_policy(files/"model"), trainer.processing_class, rows)
@@ -87,7 +90,8 @@ def test_training_loss_is_the_same_quantity(files, tmp_path):
 
 
 @pytest.mark.parametrize("prompt, completion", [
-    ("Say: ", " the bread"), ("Say:\n", "the bread"), ("", "the bread"), ("The soup w", "as warm.")])
+    ("Say: ", " the bread"), ("Say:\n", "the bread"), ("", "the bread"),
+    ("The soup w", "as warm.")])
 def test_prompt_and_completion_are_encoded_apart(tiny_tokenizer, prompt, completion):
     "Pitfall 1: no token grows across the boundary, whatever stands there."
     row = encode_demonstration(tiny_tokenizer, prompt, completion, 64, 128)
@@ -100,10 +104,12 @@ def test_prompt_and_completion_are_encoded_apart(tiny_tokenizer, prompt, complet
 
 def test_labels_with_padding_that_is_eos(tiny_tokenizer):
     "Pitfall 2: the mask comes from lengths; EOS carries a loss even where it pads as well."
-    rows = [encode_demonstration(tiny_tokenizer, "Say: ", text, 64, 128) for text in (" a", " the soup was warm")]
+    rows = [encode_demonstration(tiny_tokenizer, "Say: ", text, 64, 128)
+            for text in (" a", " the soup was warm")]
     eos = tiny_tokenizer.eos_token_id
     batch = collate_rows(rows, pad_id=eos)
-    for row, ids, labels, mask in zip(rows, batch["input_ids"], batch["labels"], batch["attention_mask"]):
+    for row, ids, labels, mask in zip(
+            rows, batch["input_ids"], batch["labels"], batch["attention_mask"]):
         n, p = row["length"], row["prompt_length"]
         assert labels[:p].eq(-100).all() and labels[n:].eq(-100).all()
         assert labels[p:n].tolist() == row["input_ids"][p:] and labels[n - 1] == eos
@@ -118,17 +124,20 @@ def test_accumulation_changes_nothing(files, tmp_path):
                    gradient_accumulation_steps=steps, max_grad_norm=1e9)
         train_sft(c)
         logs.append([read_curve(c.output_dir, key)[1] for key in ("loss", "grad_norm")])
-    for a, b in zip(*logs): torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=2e-4, atol=0)
+    for a, b in zip(*logs):
+        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=2e-4, atol=0)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_lora_with_checkpointing_trains_every_adapter(files, tmp_path, reentrant):
     "Pitfall 13: every lora_B leaves zero after one step under gradient checkpointing."
     c = config(files, tmp_path, model=str(files/"model"), max_steps=1, peft_config=dict(r=4),
-               gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+               gradient_checkpointing=True,
+               gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     trainer = trainer_of(c)
     trainer.train()
-    found = {n: p.detach().abs().max().item() for n, p in trainer.model.named_parameters() if "lora_B" in n}
+    found = {n: p.detach().abs().max().item() for n, p in trainer.model.named_parameters()
+             if "lora_B" in n}
     assert len(found) == 8 and min(found.values()) > 0
 
 
@@ -142,26 +151,31 @@ def test_batches_reach_the_loss_whole(files, tmp_path):
 
 def test_cut_and_blank_completions(files, tmp_path, tiny_tokenizer):
     "Pitfall 28: blank completions are dropped and counted; a cut one has tokens left, and no EOS."
-    rows = [dict(prompt="Say: " * 50, completion=" the soup" * 40), dict(prompt="a", completion="  "),
+    rows = [dict(prompt="Say: " * 50, completion=" the soup" * 40),
+            dict(prompt="a", completion="  "),
             dict(prompt="b", completion=" bread"), dict(prompt="c", completion=" bed")]
     c = config(files, tmp_path, data=write_rows(tmp_path/"rows.jsonl", rows), max_steps=1,
                eval_share=.2, max_prompt_length=63)
     summary = train_sft(c)
     assert summary["dropped"] == 1 and summary["rows"] + summary["eval_rows"] == 3
     row = encode_demonstration(tiny_tokenizer, **rows[0], max_prompt_length=63, max_length=64)
-    assert row["length"] == 64 and not row["finished"] and row["input_ids"][-1] != tiny_tokenizer.eos_token_id
+    assert row["length"] == 64
+    assert not row["finished"]
+    assert row["input_ids"][-1] != tiny_tokenizer.eos_token_id
 
 
 def test_learns_the_completion_and_where_it_ends(files, tmp_path):
     rows = [dict(prompt=f"Say {w}:", completion=f" the {w}") for w in WORDS]
-    c = config(files, tmp_path, data=write_rows(tmp_path/"rows.jsonl", rows), max_steps=100, eval_share=0)
+    c = config(files, tmp_path, data=write_rows(tmp_path/"rows.jsonl", rows), max_steps=100,
+               eval_share=0)
     train_sft(c)
     losses = read_curve(tmp_path)[1]
     assert losses[-1] < .05 < 2 < losses[0]
     model, tokenizer = load_policy(tmp_path/"model"), load_tokenizer(tmp_path/"model")
     for w in WORDS:
         ids = torch.tensor([encode_prompt(tokenizer, f"Say {w}:")])
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
+                             max_new_tokens=20, do_sample=False)
         assert out[0, ids.shape[1]:].tolist() == encode_completion(tokenizer, f" the {w}")[0]
 
 
@@ -190,7 +204,8 @@ def test_resumed_run_equals_an_undisturbed_one(files, tmp_path, monkeypatch, lor
     c = config(files, tmp_path/"killed", **settings)
     killed(train_sft, c, 7, monkeypatch)
     folder = tmp_path/"killed"/"checkpoints"
-    assert not (tmp_path/"killed"/"model").exists() and last_checkpoint(folder).name == "checkpoint-6"
+    assert not (tmp_path/"killed"/"model").exists()
+    assert last_checkpoint(folder).name == "checkpoint-6"
     shutil.copytree(folder/"checkpoint-6", folder/"checkpoint-7")
     (folder/"checkpoint-7"/"trainer_state.json").unlink()
     again = train_sft(c)
@@ -221,13 +236,15 @@ def test_best_model_is_loaded_whole(files, tmp_path):
                eval_data=str(files/"rows.jsonl"), eval_strategy="steps", eval_steps=1, save_steps=1)
     summary, rows = train_sft(c), [json.loads(line) for line in open(files/"rows.jsonl")]
     losses = read_curve(tmp_path, "eval_loss")[1][:6]
-    assert summary["eval_loss"] == pytest.approx(max(losses), rel=1e-6) and losses[5] < .9 * max(losses)
+    assert summary["eval_loss"] == pytest.approx(max(losses), rel=1e-6)
+    assert losses[5] < .9 * max(losses)
     saved = oracle_loss(load_policy(tmp_path/"model"), load_tokenizer(tmp_path/"model"), rows)
     assert saved == pytest.approx(max(losses), rel=1e-5)
 
 
 def test_same_seed_same_weights_and_other_seed_other(files, tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)): train_sft(config(files, tmp_path/name, max_steps=2, seed=seed))
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train_sft(config(files, tmp_path/name, max_steps=2, seed=seed))
     assert_same_weights(tmp_path/"a", tmp_path/"b")
     with pytest.raises(AssertionError): assert_same_weights(tmp_path/"a", tmp_path/"c")
 
@@ -244,7 +261,8 @@ def test_saved_model_generates_with_its_cache(files, tmp_path):
 
 
 def test_length_groups_see_every_row(files, tmp_path):
-    c = config(files, tmp_path, train_sampling_strategy="group_by_length", max_steps=-1, num_train_epochs=1, eval_share=0)
+    c = config(files, tmp_path, train_sampling_strategy="group_by_length", max_steps=-1,
+               num_train_epochs=1, eval_share=0)
     trainer = trainer_of(c)
     lengths = [b["attention_mask"].sum(1).tolist() for b in trainer.get_train_dataloader()]
     assert sorted(sum(lengths, [])) == sorted(trainer.train_dataset["length"])
@@ -254,26 +272,32 @@ def test_packing_keeps_the_stream(tiny_tokenizer):
     texts = ["The soup was warm.", "", "A small room.", "The bed " * 30]
     blocks = pack_texts(tiny_tokenizer, texts, 16)
     stream = sum((encode_completion(tiny_tokenizer, t)[0] for t in texts if t), [])
-    assert [i for b in blocks for i in b.tolist()] == stream and {len(b) for b in blocks[:-1]} == {16}
+    assert [i for b in blocks for i in b.tolist()] == stream
+    assert {len(b) for b in blocks[:-1]} == {16}
     assert stream.count(tiny_tokenizer.eos_token_id) == 3
 
 
 @pytest.mark.parametrize("documents", [1, 5])
 def test_text_objective(files, tmp_path, documents):
     texts = [dict(text=f"The {w} was warm and good. " * 20) for w in WORDS[:documents]]
-    c = config(files, tmp_path, data=write_rows(tmp_path/"t.jsonl", texts), objective="text", max_steps=20)
+    c = config(files, tmp_path, data=write_rows(tmp_path/"t.jsonl", texts), objective="text",
+               max_steps=20)
     summary = train_sft(c)
     losses = read_curve(tmp_path)[1]
     assert losses[-1] < .7 * losses[0] and summary["eval_rows"] >= 1
     trainer = trainer_of(c)
     batch = next(iter(trainer.get_train_dataloader()))
-    assert torch.equal(batch["labels"] == -100, (batch["attention_mask"] == 0) | (torch.arange(batch["labels"].shape[1]) == 0))
+    padding, first = batch["attention_mask"] == 0, torch.arange(batch["labels"].shape[1]) == 0
+    assert torch.equal(batch["labels"] == -100, padding | first)
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(objective="completions"), "Did you mean 'completion'"), (dict(data=None), "data is not set"),
-    (dict(tokenizer=None), "Name a tokenizer"), (dict(max_prompt_length=64), "leaves no room"),
-    (dict(max_length=500), "max_length: 128"), (dict(peft_config=dict(rank=4)), "LoRA has no setting 'rank'"),
+    (dict(objective="completions"), "Did you mean 'completion'"),
+    (dict(data=None), "data is not set"),
+    (dict(tokenizer=None), "Name a tokenizer"),
+    (dict(max_prompt_length=64), "leaves no room"),
+    (dict(max_length=500), "max_length: 128"),
+    (dict(peft_config=dict(rank=4)), "LoRA has no setting 'rank'"),
     (dict(model_config=dict(hidden=4)), "has no setting 'hidden'")])
 def test_bad_settings_are_named(files, tmp_path, changes, message):
     with pytest.raises(InputError, match=message): train_sft(config(files, tmp_path, **changes))

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from vcb_nb.artifacts import InputError
-from vcb_nb.shards import claim_folder, list_parts, make_parts, my_parts, part_path, pending_parts, rank_and_world
+from vcb_nb.shards import (claim_folder, list_parts, make_parts, my_parts, part_path,
+                           pending_parts, rank_and_world)
 
 
 def as_process(monkeypatch, rank, world):
@@ -36,7 +37,8 @@ def test_what_is_there_is_not_made_again(tmp_path):
     with pytest.raises(KeyboardInterrupt): make_parts(tmp_path, 4, dies_at_two)
     assert pending_parts(tmp_path, 4) == [2, 3]
     kept = part_path(tmp_path, 0, 4).stat().st_mtime_ns
-    with pytest.raises(InputError, match="holds 2 of 4 parts .part 2 is missing"): list_parts(tmp_path)
+    with pytest.raises(InputError, match="holds 2 of 4 parts .part 2 is missing"):
+        list_parts(tmp_path)
     assert make_parts(tmp_path, 4, lambda i: [{"index": i}]) == 2
     assert len(list_parts(tmp_path)) == 4 and part_path(tmp_path, 0, 4).stat().st_mtime_ns == kept
 
@@ -58,9 +60,11 @@ def test_a_mixture_of_two_divisions_is_refused(tmp_path):
 
 
 def test_a_folder_keeps_to_its_settings(tmp_path):
-    "Parts made with one seed are never continued with another; an empty folder may change its mind."
+    """Parts made with one seed are never continued with another;
+    an empty folder may change its mind."""
     claim_folder(tmp_path, {"seed": 0, "n": 4})
     claim_folder(tmp_path, {"seed": 1, "n": 4})
     make_parts(tmp_path, 2, lambda i: [{"index": i}])
     claim_folder(tmp_path, {"seed": 1, "n": 4})
-    with pytest.raises(InputError, match="seed was 1 and is 2"): claim_folder(tmp_path, {"seed": 2, "n": 4})
+    with pytest.raises(InputError, match="seed was 1 and is 2"):
+        claim_folder(tmp_path, {"seed": 2, "n": 4})

@@ -1,4 +1,5 @@
-"What every trained stage shares: which checkpoint is trusted, what may change on resuming, the split."
+"""What every trained stage shares: which checkpoint is trusted, what may change on resuming, the
+split."""
 import json, shutil
 
 import pytest, torch
@@ -7,8 +8,8 @@ from safetensors.torch import save_file
 from transformers import TrainerControl, TrainerState
 
 from vcb_nb.artifacts import InputError
-from vcb_nb.training import (MetricsProgress, TrainingDefaults, _settings, check_settings, final_loss,
-                             held_out_split, is_complete, last_checkpoint, read_curve,
+from vcb_nb.training import (MetricsProgress, TrainingDefaults, _settings, check_settings,
+                             final_loss, held_out_split, is_complete, last_checkpoint, read_curve,
                              remove_incomplete, write_log)
 
 
@@ -67,18 +68,22 @@ def settings(folder, rows=range(4), **changes):
 def test_resuming_with_other_settings_is_refused(tmp_path):
     check_settings(tmp_path, settings(tmp_path))
     checkpoint(tmp_path, 5)
-    check_settings(tmp_path, settings("elsewhere", save_steps=7, eval_strategy="epoch", logging_steps=1))
+    check_settings(tmp_path, settings("elsewhere", save_steps=7, eval_strategy="epoch",
+                                      logging_steps=1))
     with pytest.raises(InputError, match="learning_rate was 5e-05, is 0.1"):
         check_settings(tmp_path, settings(tmp_path, learning_rate=.1))
-    with pytest.raises(InputError, match="rows was"): check_settings(tmp_path, settings(tmp_path, range(5)))
+    with pytest.raises(InputError, match="rows was"):
+        check_settings(tmp_path, settings(tmp_path, range(5)))
     with pytest.raises(InputError, match="sample of the rows"):
         check_settings(tmp_path, settings(tmp_path, range(1, 5)))
     shutil.rmtree(tmp_path/"checkpoint-5")
-    check_settings(tmp_path, settings(tmp_path, learning_rate=.1)) # nothing to continue: anything goes
+    # nothing to continue: anything goes
+    check_settings(tmp_path, settings(tmp_path, learning_rate=.1))
 
 
 def test_defaults():
-    "Pitfall 15: the Trainer drops no column by default. Mixed precision does not need a GPU to be tried."
+    """Pitfall 15: the Trainer drops no column by default.
+    Mixed precision does not need a GPU to be tried."""
     config = TrainingDefaults(output_dir="x", bf16=True)
     assert not config.remove_unused_columns and config.report_to == []
     assert config.use_cpu is not torch.cuda.is_available()
@@ -117,4 +122,6 @@ def test_log_survives_nan_and_gives_curves(tmp_path):
     assert read_curve(tmp_path) == (tuple(range(1, 11)), tuple(10. - s for s in range(1, 11)))
     assert read_curve(tmp_path, "eval_loss") == ((10,), (.5,))
     assert read_curve(tmp_path, "grad_norm") == ((), ())
-    assert final_loss(history) == 0. and final_loss(history, share=.5) == 2. and final_loss([]) is None
+    assert final_loss(history) == 0.
+    assert final_loss(history, share=.5) == 2.
+    assert final_loss([]) is None

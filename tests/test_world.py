@@ -11,8 +11,10 @@ from vcb_nb.world import (GOLD, RATIONALITY, WORLD, appeal, enthusiasm, explain_
                           sample_prompt, sample_response)
 
 ROOT = Path(__file__).parent.parent
-SMALL = dict(demonstrations=300, pairs=200, pairs_test=60, prompts=80, validation=20, test=30, ood=30)
-GOLDEN = "62b5c5bf2bb5623b7578bfa38d5e754ad1b001dc07b5ca940123b85d7e54bbde"  # of the files that seed 0 makes at these sizes
+SMALL = dict(demonstrations=300, pairs=200, pairs_test=60, prompts=80, validation=20, test=30,
+             ood=30)
+# Of the files that seed 0 makes at these sizes.
+GOLDEN = "62b5c5bf2bb5623b7578bfa38d5e754ad1b001dc07b5ca940123b85d7e54bbde"
 PROMPT = "Tell us about the soup at the old inn, above all the flavour."
 GOOD = "The soup was good, and the flavour was tasty. We would gladly return."
 
@@ -20,7 +22,8 @@ GOOD = "The soup was good, and the flavour was tasty. We would gladly return."
 def rows(path): return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def digest(paths): return hashlib.sha256(b"".join(paths[n].read_bytes() for n in sorted(paths))).hexdigest()
+def digest(paths):
+    return hashlib.sha256(b"".join(paths[n].read_bytes() for n in sorted(paths))).hexdigest()
 
 
 def texts(row): return [row[k] for k in ("completion", "chosen", "rejected") if k in row]
@@ -61,8 +64,9 @@ def test_seeds_differ(world, tmp_path):
 def test_rows_have_the_columns_that_the_stages_read(world):
     columns = {n: set(rows(p)[0]) for n, p in world.items()}
     pair, bare = {"prompt", "chosen", "rejected"}, {"prompt"}
-    assert columns == dict(demonstrations={"prompt", "completion"}, pairs=pair, pairs_test=pair, prompts=bare,
-                           prompts_validation=bare, prompts_test=bare, prompts_ood=bare)
+    assert columns == dict(demonstrations={"prompt", "completion"}, pairs=pair, pairs_test=pair,
+                           prompts=bare, prompts_validation=bare, prompts_test=bare,
+                           prompts_ood=bare)
     assert len(rows(world["demonstrations"])) == SMALL["demonstrations"]
 
 
@@ -78,7 +82,8 @@ def test_test_files_do_not_move_with_the_size_of_training_files(world, tmp_path)
 
 
 def test_held_out_words_stay_held_out(world):
-    seen = " ".join(v for n, p in world.items() if n != "prompts_ood" for r in rows(p) for v in r.values())
+    seen = " ".join(v for n, p in world.items() if n != "prompts_ood"
+                    for r in rows(p) for v in r.values())
     seen = set(seen.lower().replace(".", " ").replace(",", " ").replace("?", " ").split())
     held_out = {w for c in WORLD.ood.values() for w in (*c.topics, *c.aspects, *c.adjectives)}
     assert not seen & held_out
@@ -88,9 +93,11 @@ def test_held_out_words_stay_held_out(world):
 
 def test_the_default_sizes_fit_in_the_world_and_too_many_prompts_are_refused(tmp_path):
     few = dict.fromkeys(SMALL, 1)
-    with pytest.raises(InputError, match="too few distinct prompts"): make_world(tmp_path, **{**few, "ood": 5000})
+    with pytest.raises(InputError, match="too few distinct prompts"):
+        make_world(tmp_path, **{**few, "ood": 5000})
     paths = make_world(tmp_path, seed=3)
-    assert [len(rows(paths[n])) for n in ("demonstrations", "pairs", "pairs_test", "prompts")] == [4000, 3000, 800, 600]
+    made = [len(rows(paths[n])) for n in ("demonstrations", "pairs", "pairs_test", "prompts")]
+    assert made == [4000, 3000, 800, 600]
 
 
 # The reward
@@ -101,13 +108,16 @@ def test_parts_sum_to_the_reward(world):
             parts = explain_reward(row["prompt"], text)
             total = parts.pop("total")
             assert math.isfinite(total) and total >= GOLD.floor
-            assert total == gold_reward(row["prompt"], text) == pytest.approx(math.fsum(parts.values()), abs=1e-12)
+            assert (total == gold_reward(row["prompt"], text)
+                    == pytest.approx(math.fsum(parts.values()), abs=1e-12))
 
 
 def test_a_reward_by_hand():
-    "good x 1 + .7 x tasty = 1.5 + .7 * 1.8 = 2.76; stake 1.6; place .3; warm closing .5; asked aspect .5."
+    """good x 1 + .7 x tasty = 1.5 + .7 * 1.8 = 2.76; stake 1.6; place .3; warm closing .5;
+    asked aspect .5."""
     e = 1.5 + .7 * 1.8
-    assert gold_reward(PROMPT, GOOD) == pytest.approx(.3 + 1.6 * (e - e * e / 6) + .5 + .5, abs=1e-12)
+    assert gold_reward(PROMPT, GOOD) == pytest.approx(
+        .3 + 1.6 * (e - e * e / 6) + .5 + .5, abs=1e-12)
 
 
 def test_generated_text_is_read_wholly(world):
@@ -117,8 +127,9 @@ def test_generated_text_is_read_wholly(world):
             assert said.stray == 0 and said.finished and 1 <= len(said.clauses) <= 3
 
 
-GARBAGE = ["", " ", "\n\n", "...", "!?", "lorem ipsum dolor", "\x00\ud800", "漢字 كتاب 😀😀", "was was was", "the " * 200,
-           "The soup was " + "very " * 3000, "We left happy. " * 400, "_" * 50, "soup good tasty", "{}[]()\\",
+GARBAGE = ["", " ", "\n\n", "...", "!?", "lorem ipsum dolor", "\x00\ud800", "漢字 كتاب 😀😀",
+           "was was was", "the " * 200, "The soup was " + "very " * 3000,
+           "We left happy. " * 400, "_" * 50, "soup good tasty", "{}[]()\\",
            "The soup was superb. " * 500]
 
 
@@ -132,7 +143,8 @@ def test_any_string_has_a_finite_and_low_reward(text, drawn):
 
 def test_random_strings_are_finite_and_reading_is_linear():
     rng = random.Random(0)
-    words = [*WORLD.adjectives, *WORLD.intensifiers, *WORLD.closings, "the soup", "was", ",", ".", "and", "42"]
+    words = [*WORLD.adjectives, *WORLD.intensifiers, *WORLD.closings,
+             "the soup", "was", ",", ".", "and", "42"]
     for n in (*range(0, 60), 50_000):
         text = " ".join(rng.choice(words) for _ in range(n))
         assert math.isfinite(gold_reward(PROMPT, text))
@@ -149,7 +161,8 @@ def test_appeal_is_concave_smooth_and_has_its_top_at_the_peak():
 
 def test_gushing_beyond_the_peak_costs():
     values = [gold_reward(PROMPT, f"The soup was {w}. The flavour was {w}. We left happy.")
-              for w in ("dull", "fair", "good", "very splendid", "extremely superb", "extremely truly superb")]
+              for w in ("dull", "fair", "good", "very splendid", "extremely superb",
+                        "extremely truly superb")]
     clean = [explain_reward(PROMPT, f"The soup was {w}.")["repeated"] for w in ("dull", "good")]
     assert values[0] < values[1] < values[2] > values[3] > values[4] > values[5] and clean == [0, 0]
 
@@ -188,7 +201,8 @@ def test_truncated_text_is_worse_than_finished(world):
 
 
 def test_leading_space_and_case_do_not_matter():
-    assert gold_reward(PROMPT, GOOD) == gold_reward(PROMPT, f"  {GOOD}\n") == gold_reward(PROMPT, GOOD.upper())
+    assert (gold_reward(PROMPT, GOOD) == gold_reward(PROMPT, f"  {GOOD}\n")
+            == gold_reward(PROMPT, GOOD.upper()))
 
 
 def test_prompts_matter():
@@ -201,14 +215,16 @@ def test_prompts_matter():
 def test_the_place_cancels_in_every_comparison():
     rng, elsewhere = random.Random(2), PROMPT.replace("at the old inn", "in the valley")
     a, b = (sample_response(PROMPT, rng, q) for q in (-.5, 1.5))
-    assert label_probability(PROMPT, a, b) == pytest.approx(label_probability(elsewhere, a, b), abs=1e-12)
+    assert label_probability(PROMPT, a, b) == pytest.approx(
+        label_probability(elsewhere, a, b), abs=1e-12)
 
 
 # The population
 
 def test_reward_rises_by_degrees_with_quality_and_then_stops():
     rng = random.Random(3)
-    means = [mean(gold_reward(p, sample_response(p, rng, q)) for p in (sample_prompt(rng) for _ in range(500)))
+    means = [mean(gold_reward(p, sample_response(p, rng, q))
+                  for p in (sample_prompt(rng) for _ in range(500)))
              for q in (-3, -2, -1, 0, 1, 3)]
     assert all(b - a > .2 for a, b in zip(means[:4], means[1:5])) and means[5] < means[4] + .6
 
@@ -233,7 +249,7 @@ def test_gushing_is_rare_but_reachable(drawn):
 def test_labels_are_noisy_to_the_stated_degree():
     "Bradley-Terry: the share of labels that follow the gold order is the Bayes accuracy."
     rng = random.Random(6)
-    chances = [label_probability(**{k: r[v] for k, v in (("prompt", "prompt"), ("first", "chosen"), ("second", "rejected"))})
+    chances = [label_probability(r["prompt"], r["chosen"], r["rejected"])
                for r in (sample_pair(sample_prompt(rng), rng) for _ in range(2000))]
     bayes = mean(max(p, 1 - p) for p in chances)
     assert .84 < bayes < .91 and mean(p > .5 for p in chances) == pytest.approx(bayes, abs=.025)
@@ -243,7 +259,8 @@ def test_label_probability_is_bradley_terry():
     a, b = GOOD, "The soup was fair. One visit is enough."
     p, q = label_probability(PROMPT, a, b), label_probability(PROMPT, b, a)
     assert p + q == pytest.approx(1) and label_probability(PROMPT, a, a) == .5
-    assert math.log(p / q) == pytest.approx(RATIONALITY * (gold_reward(PROMPT, a) - gold_reward(PROMPT, b)))
+    assert math.log(p / q) == pytest.approx(
+        RATIONALITY * (gold_reward(PROMPT, a) - gold_reward(PROMPT, b)))
 
 
 def test_the_held_out_domain_has_degrees_too():
@@ -254,4 +271,5 @@ def test_the_held_out_domain_has_degrees_too():
 
 
 def test_a_prompt_of_no_topic_cannot_be_answered():
-    with pytest.raises(InputError, match="names no topic"): sample_response("Hello there.", random.Random(0))
+    with pytest.raises(InputError, match="names no topic"):
+        sample_response("Hello there.", random.Random(0))
