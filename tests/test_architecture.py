@@ -8,13 +8,15 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted(p.stem for p in (ROOT/"vcb_nb").glob("*.py") if not p.stem.startswith("_"))
 
 # Each layer may import the layers before it, and within a layer what stands before it.
-LAYERS = [["losses"], ["plots"], ["figures"],
-          ["artifacts"], ["shards"], ["data", "world", "models"], ["prepare", "logprobs", "training"],
+LAYERS = [["losses"], ["worlds"], ["plots"], ["figures", "explorables"], ["widgets"],
+          ["artifacts"], ["shards"], ["data", "world", "models"],
+          ["prepare", "logprobs", "training"],
           ["sft", "reward", "sample", "calibrate"], ["score"], ["evaluate"],
-          ["recipes"], ["pipeline"], ["report"], ["cli"]]
+          ["live"], ["recipes"], ["pipeline"], ["report"], ["cli"]]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 TRAINERS = {"sft", "reward", "calibrate"}
-TORCH_ONLY = {"losses": {"torch"}, "plots": {"matplotlib"}, "figures": {"matplotlib", "numpy"},
+TORCH_ONLY = {"losses": {"torch"}, "worlds": {"torch"}, "explorables": set(),
+              "plots": {"matplotlib"}, "figures": {"matplotlib", "numpy"},
               "artifacts": {"tqdm"}}
 
 
@@ -25,7 +27,8 @@ def imports(name):
         found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             parent = "vcb_nb." * bool(node.level) + (node.module or "")
-            found = [f"vcb_nb.{a.name}" for a in node.names] if parent in ("vcb_nb", "vcb_nb.") else [parent]
+            found = ([f"vcb_nb.{a.name}" for a in node.names] if parent in ("vcb_nb", "vcb_nb.")
+                     else [parent])
         for full in found:
             first, _, rest = (full or "").partition(".")
             if first == "vcb_nb": ours.add(rest.split(".")[0])
@@ -44,20 +47,25 @@ def test_imports_point_down(name):
     assert not up, f"{name} imports {up}, which stand beside or above it"
     assert not outside & {"nbdev", "fastcore", "trl", "IPython", "vllm"}
     if name in TORCH_ONLY: assert outside <= TORCH_ONLY[name]
-    if RANK[name] < RANK["recipes"]: assert not (ours & TRAINERS), "stages meet in files, not in trainers"
+    if RANK[name] < RANK["recipes"]:
+        assert not (ours & TRAINERS), "stages meet in files, not in trainers"
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_nothing_unsafe(name):
-    "No pickle, eval, exec, shell strings, unsafe YAML; trust_remote_code is never switched on by us."
+    """No pickle, eval, exec, shell strings, unsafe YAML;
+    trust_remote_code is never switched on by us."""
     text = (ROOT/"vcb_nb"/f"{name}.py").read_text("utf-8")
-    outside = {n for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for n in (a.name for a in node.names)}
+    outside = {n for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import)
+               for n in (a.name for a in node.names)}
     assert not outside & {"pickle", "dill", "joblib", "marshal", "shelve"}
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name): assert node.func.id not in ("eval", "exec")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("eval", "exec")
         if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "shell"):
             assert not (isinstance(node.value, ast.Constant) and node.value.value is True)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "yaml":
+        if (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+                and node.value.id == "yaml"):
             assert node.attr in ("safe_load", "safe_dump", "YAMLError")
 
 

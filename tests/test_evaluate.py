@@ -1,4 +1,5 @@
-"""Evaluation: statistics against oracles, KL against exact enumeration, and the whole stage on tiny models."""
+"""Evaluation: statistics against oracles, KL against exact enumeration,
+and the whole stage on tiny models."""
 import itertools, json, math
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from vcb_nb.evaluate import (DiagnoseConfig, EvaluateConfig, bootstrap_interval,
 from vcb_nb.logprobs import score_logps
 from vcb_nb.losses import calibration_metrics
 from vcb_nb.models import add_lora, load_policy, new_policy, new_reward_model, save_model
+from vcb_nb.worlds import enumerate_strings
 
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 
@@ -74,7 +76,8 @@ def test_win_tie_lose_is_brute_force():
     for row, x, y in zip(win_tie_lose(a, b, .5), a, b):
         pairs = list(itertools.product(x, y))
         gaps = [p - q for p, q in pairs]
-        expected = [sum(g > .5 for g in gaps), sum(abs(g) <= .5 for g in gaps), sum(g < -.5 for g in gaps)]
+        expected = [sum(g > .5 for g in gaps), sum(abs(g) <= .5 for g in gaps),
+                    sum(g < -.5 for g in gaps)]
         np.testing.assert_allclose(row, np.array(expected)/15)
     np.testing.assert_allclose(win_tie_lose(a, b), win_tie_lose(b, a)[:, ::-1])
 
@@ -86,7 +89,8 @@ def test_tolerance_decides_ties():
 
 
 def test_common_random_numbers_do_not_inflate_wins():
-    "Same-numbered samples share random numbers; with them in, a hair's breadth looks like a victory."
+    """Same-numbered samples share random numbers; with them in,
+    a hair's breadth looks like a victory."""
     r = np.random.default_rng(0).normal(size=(400, 4))
     better, fair = r + 1e-3, .5
     assert abs(win_tie_lose(better, r, coupled=True)[:, 0].mean() - fair) < .01
@@ -97,7 +101,8 @@ def test_compare_is_antisymmetric():
     rng = np.random.default_rng(0)
     games = compare({k: rng.normal(size=(20, 3)) for k in "abc"}, n_boot=100)
     assert games["a"]["b"]["margin"]["value"] == pytest.approx(-games["b"]["a"]["margin"]["value"])
-    shares = [[g[k] for k in ("win", "tie", "lose")] for row in games.values() for g in row.values()]
+    shares = [[g[k] for k in ("win", "tie", "lose")] for row in games.values()
+              for g in row.values()]
     np.testing.assert_allclose(np.sum(shares, axis=1), 1)
     assert "a" not in games["a"]
 
@@ -112,16 +117,16 @@ def test_distinct_n():
 
 @pytest.fixture(scope="module")
 def enumerable():
-    "Two GPT-NeoX over 5 tokens (0 ends), at most 3 tokens a response: all 85 responses, both log-probabilities."
+    """Two GPT-NeoX over 5 tokens (0 ends), at most 3 tokens a response: all 85 responses,
+    both log-probabilities."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-    config = GPTNeoXConfig(vocab_size=5, max_position_embeddings=8, hidden_dropout=0, attention_dropout=0, **TINY)
+    config = GPTNeoXConfig(vocab_size=5, max_position_embeddings=8, hidden_dropout=0,
+                           attention_dropout=0, **TINY)
     torch.manual_seed(0)
     models = [GPTNeoXForCausalLM(config).eval() for _ in range(2)]
     for model in models:
         with torch.no_grad(): model.get_output_embeddings().weight.mul_(5)
-    going = range(1, 5)
-    responses = ([[0]] + [[a, 0] for a in going] + [[a, b, 0] for a in going for b in going]
-                 + [[a, b, c] for a in going for b in going for c in going])
+    responses = enumerate_strings(5, 3).tokens()
     logps = [np.array(score_logps(m, [[1, 2]], [responses])[0]) for m in models]
     return models, responses, logps
 
@@ -131,7 +136,8 @@ def test_responses_are_all_there_are(enumerable):
 
 
 def test_kl_estimates_agree_with_exact_kl(enumerable):
-    "Pitfall 30: on the policy's own samples, k1 and k3 both estimate the exact KL within their standard error."
+    """Pitfall 30: on the policy's own samples, k1 and k3 both estimate the exact KL within their
+    standard error."""
     _, _, (p, q) = enumerable
     exact = float((np.exp(p)*(p - q)).sum())
     drawn = np.random.default_rng(0).choice(len(p), size=(2000, 4), p=np.exp(p)/np.exp(p).sum())
@@ -142,23 +148,27 @@ def test_kl_estimates_agree_with_exact_kl(enumerable):
 
 
 def test_kl_of_samples_drawn_by_the_library(enumerable):
-    "The same with `sample_candidates`: cut responses (no EOS) count as the responses that they are."
+    """The same with `sample_candidates`: cut responses (no EOS) count as the responses that they
+    are."""
     from types import SimpleNamespace
     from vcb_nb.sample import sample_candidates
     models, responses, (p, q) = enumerable
     tokenizer = SimpleNamespace(eos_token_id=0, pad_token_id=0)
-    ids, _ = sample_candidates(models[0], tokenizer, [[1, 2]]*250, n=4, max_new_tokens=3, batch_size=50)
+    ids, _ = sample_candidates(models[0], tokenizer, [[1, 2]]*250, n=4, max_new_tokens=3,
+                               batch_size=50)
     place = {tuple(r): i for i, r in enumerate(responses)}
     drawn = np.array([[place[tuple(c)] for c in group] for group in ids])
     exact = float((np.exp(p)*(p - q)).sum())
-    for k in kl_estimates(p[drawn], q[drawn]): assert abs(k.mean() - exact) < 4*k.std(ddof=1)/len(k)**.5
+    for k in kl_estimates(p[drawn], q[drawn]):
+        assert abs(k.mean() - exact) < 4*k.std(ddof=1)/len(k)**.5
 
 
 def test_kl_off_policy_is_another_number(enumerable):
     "Pitfall 30: at temperature .5 the mean log-ratio is not the KL, by many standard errors."
     _, _, (p, q) = enumerable
     exact, sharp = float((np.exp(p)*(p - q)).sum()), np.exp(2*p)/np.exp(2*p).sum()
-    k1, _ = kl_estimates(*(v[np.random.default_rng(0).choice(len(p), size=(2000, 4), p=sharp)] for v in (p, q)))
+    k1, _ = kl_estimates(*(v[np.random.default_rng(0).choice(len(p), size=(2000, 4), p=sharp)]
+                           for v in (p, q)))
     assert abs(k1.mean() - exact) > 8*k1.std()/len(k1)**.5
 
 
@@ -170,7 +180,9 @@ def test_k3_of_an_absurd_sample_is_finite():
 # ---- calibration
 
 @pytest.fixture
-def rewards(): return np.random.default_rng(0).normal(size=(30, 6))*np.random.default_rng(1).lognormal(size=(30, 1))
+def rewards():
+    return (np.random.default_rng(0).normal(size=(30, 6))
+            *np.random.default_rng(1).lognormal(size=(30, 1)))
 
 
 def test_calibration_at_the_start_and_at_the_optimum(rewards):
@@ -179,7 +191,8 @@ def test_calibration_at_the_start_and_at_the_optimum(rewards):
     assert start["slope"]["value"] == start["r2"]["value"] == start["spearman"]["value"] == 0
     assert start["implied_gamma"] == dict(value=None, low=None, high=None)
     c = np.random.default_rng(2).normal(size=(30, 1))*10
-    optimum = calibration(rewards/(.25*rewards.std(1, ddof=1, keepdims=True)) + c, rewards, n_boot=50)
+    optimum = calibration(rewards/(.25*rewards.std(1, ddof=1, keepdims=True)) + c, rewards,
+                          n_boot=50)
     for name, value in dict(slope=4, r2=1, pearson=1, spearman=1, implied_gamma=.25).items():
         assert optimum[name]["value"] == pytest.approx(value)
         assert optimum[name]["low"] == pytest.approx(value) == optimum[name]["high"]
@@ -195,7 +208,8 @@ def test_calibration_agrees_with_the_losses_metrics(rewards):
         x, m = padded(rows["rewards"])
         expected = calibration_metrics(padded(rows["logratios"])[0], x, mask=m)
         found = calibration(**rows, n_boot=10)
-        for name in ("slope", "r2"): assert found[name]["value"] == pytest.approx(float(expected[name]), rel=1e-9)
+        for name in ("slope", "r2"):
+            assert found[name]["value"] == pytest.approx(float(expected[name]), rel=1e-9)
 
 
 def test_spearman_sees_order_and_r2_spacing(rewards):
@@ -220,15 +234,18 @@ def test_gaps_stay_within_a_prompt():
 
 
 def test_equal_rewards_carry_no_signal():
-    "Pitfall 22: a float residue among equal rewards is no reward gap; the prompt is dropped and counted."
+    """Pitfall 22: a float residue among equal rewards is no reward gap;
+    the prompt is dropped and counted."""
     residue = [.1 + .2, .3, .3 + 1e-17]
     found = calibration([[5., -5., 0.], [1., 0., -1.]], [residue, [1., 0., -1.]], n_boot=10)
     assert found["dropped_prompts"] == 1 and found["slope"]["value"] == pytest.approx(1)
-    with pytest.raises(InputError, match="different rewards"): calibration([[5., -5., 0.]], [residue])
+    with pytest.raises(InputError, match="different rewards"):
+        calibration([[5., -5., 0.]], [residue])
 
 
 def test_sigma_is_the_prompts_own():
-    "Pitfall 23: σ(x) belongs to the prompt; one pooled σ is another thing, and has to be asked for."
+    """Pitfall 23: σ(x) belongs to the prompt; one pooled σ is another thing,
+    and has to be asked for."""
     r = [[0., 1., 2.], [0., 10., 20.]]
     assert sigmas(r)[0].tolist() == [1, 10]
     assert sigmas(r, "dataset")[0] == pytest.approx([((1 + 100)/2)**.5]*2)
@@ -241,13 +258,17 @@ def test_two_candidates_lose_the_values():
     gaps = np.array(calibration(r, r, n_boot=10)["points"])
     np.testing.assert_allclose(np.abs(gaps[:, 0]), 2**.5, atol=1e-4)
     pooled = calibration(r, r, sigma="dataset", n_boot=10)
-    assert pooled["r2"]["value"] == pytest.approx(1) and calibration(r, r, n_boot=10)["r2"]["value"] < .9
+    assert (pooled["r2"]["value"] == pytest.approx(1)
+            and calibration(r, r, n_boot=10)["r2"]["value"] < .9)
 
 
 def test_frontier_is_in_order_of_strength():
-    def policy(method, value): return dict(method=method, strength="g", value=value, splits=dict(test={}))
-    lines = frontier({"a": policy("m", 2.), "b": policy("m", .5), "c": policy("n", None), "d": policy("m", 1.)})
-    assert [p["policy"] for p in lines["m"]] == ["b", "d", "a"] and [p["policy"] for p in lines["n"]] == ["c"]
+    def policy(method, value):
+        return dict(method=method, strength="g", value=value, splits=dict(test={}))
+    lines = frontier({"a": policy("m", 2.), "b": policy("m", .5), "c": policy("n", None),
+                      "d": policy("m", 1.)})
+    assert ([p["policy"] for p in lines["m"]] == ["b", "d", "a"]
+            and [p["policy"] for p in lines["n"]] == ["c"])
 
 
 # ---- the stage, on tiny models
@@ -278,17 +299,20 @@ def world(tmp_path_factory, tiny_tokenizer):
     save_model(new_reward_model(str(root/"sft"), tiny_tokenizer), tiny_tokenizer, root/"reward")
     write_jsonl(root/"prompts.jsonl", [dict(prompt=f"Topic {i}: ") for i in range(6)])
     write_jsonl(root/"ood.jsonl", [dict(prompt=f"Elsewhere {i}? ") for i in range(3)])
-    texts = ["good soup", "the bread was very good", "slow", "quite moving in the end", "a hard bed"]
+    texts = ["good soup", "the bread was very good", "slow", "quite moving in the end",
+             "a hard bed"]
     def rewards(i): return [gold("", t) + i*j for j, t in enumerate(texts)]
-    write_jsonl(root/"candidates.jsonl", [dict(prompt=f"P{i} ", completions=texts, rewards=rewards(i)) for i in range(4)])
+    write_jsonl(root/"candidates.jsonl",
+                [dict(prompt=f"P{i} ", completions=texts, rewards=rewards(i)) for i in range(4)])
     return root
 
 
 def config_of(world, out, **changes):
     settings = dict(policies={"vcb-gamma0.5": str(world/"policy")}, reference=str(world/"sft"),
                     methods={"vcb-gamma0.5": dict(method="vcb", strength="gamma", value=.5)},
-                    prompts=str(world/"prompts.jsonl"), ood_prompts=str(world/"ood.jsonl"), reward=str(world/"reward"),
-                    gold="test_evaluate:gold", candidates=str(world/"candidates.jsonl"), output_dir=str(out), n=3,
+                    prompts=str(world/"prompts.jsonl"), ood_prompts=str(world/"ood.jsonl"),
+                    reward=str(world/"reward"), gold="test_evaluate:gold",
+                    candidates=str(world/"candidates.jsonl"), output_dir=str(out), n=3,
                     max_new_tokens=6, n_boot=50, device="cpu")
     return EvaluateConfig(**{**settings, **changes})
 
@@ -310,7 +334,8 @@ def evaluated(world, tmp_path_factory):
 
 def stamps(folder):
     "When each JSON file below a folder was written."
-    return {p.relative_to(folder).as_posix(): p.stat().st_mtime_ns for p in Path(folder).rglob("*.json*")}
+    return {p.relative_to(folder).as_posix(): p.stat().st_mtime_ns
+            for p in Path(folder).rglob("*.json*")}
 
 
 def test_summary_is_complete(evaluated):
@@ -321,16 +346,19 @@ def test_summary_is_complete(evaluated):
         assert (out/p["samples"]["test"]/"data").is_dir()
         for split, prompts in (("test", 6), ("ood", 3)):
             found = p["splits"][split]
-            assert found["prompts"] == prompts and found["samples"] == 3*prompts and found["on_policy"]
-            for name in ("gold", "reward", "gold_gain", "reward_gain", "kl", "kl_k3", "length", "finished",
-                         "distinct_1", "distinct_2", "distinct_3", "distinct_share"):
+            assert (found["prompts"] == prompts and found["samples"] == 3*prompts
+                    and found["on_policy"])
+            for name in ("gold", "reward", "gold_gain", "reward_gain", "kl", "kl_k3", "length",
+                         "finished", "distinct_1", "distinct_2", "distinct_3", "distinct_share"):
                 assert found[name]["low"] <= found[name]["value"] <= found[name]["high"], name
     assert summary["policies"]["vcb-gamma0.5"]["method"] == "vcb"
-    assert set(summary["comparisons"]) == {"test", "ood"} and set(summary["comparisons"]["test"]) == {"gold", "reward"}
+    assert (set(summary["comparisons"]) == {"test", "ood"}
+            and set(summary["comparisons"]["test"]) == {"gold", "reward"})
 
 
 def test_reference_is_at_zero(evaluated):
-    "Pitfall 7: the SFT model against itself has log-ratios of exactly 0, on samples and on candidates."
+    """Pitfall 7: the SFT model against itself has log-ratios of exactly 0,
+    on samples and on candidates."""
     sft, policy = evaluated[1]["policies"].values()
     assert sft["splits"]["test"]["kl"]["value"] == sft["splits"]["test"]["kl_k3"]["value"] == 0
     assert sft["calibration"]["slope"]["value"] == sft["calibration"]["r2"]["value"] == 0
@@ -338,14 +366,17 @@ def test_reference_is_at_zero(evaluated):
 
 
 def test_gain_is_paired(evaluated):
-    "SFT gains exactly nothing; a policy gains the difference of the means, known better than either mean."
+    """SFT gains exactly nothing; a policy gains the difference of the means,
+    known better than either mean."""
     sft, policy = (p["splits"]["test"] for p in evaluated[1]["policies"].values())
     assert sft["gold_gain"] == dict(value=0, low=0, high=0, prompts=6)
-    assert policy["gold_gain"]["value"] == pytest.approx(policy["gold"]["value"] - sft["gold"]["value"])
+    assert policy["gold_gain"]["value"] == pytest.approx(
+        policy["gold"]["value"] - sft["gold"]["value"])
 
 
 def test_numbers_come_from_the_sampled_ids(world, evaluated):
-    "Pitfall 27: rewards and log-probabilities are of the ids that were drawn, never of re-tokenised text."
+    """Pitfall 27: rewards and log-probabilities are of the ids that were drawn,
+    never of re-tokenised text."""
     out, summary = evaluated
     policy = summary["policies"]["vcb-gamma0.5"]
     rows = list(load_rows(str(out/policy["samples"]["test"]/"data")))
@@ -378,24 +409,29 @@ def test_killed_call_is_continued(world, evaluated, tmp_path):
     again = evaluate(config_of(world, tmp_path/"again"))
     assert again["policies"] == summary["policies"]
     after = stamps(tmp_path/"again"/"samples")
-    assert {k for k in after if after[k] != before.get(k)} == {column.relative_to(tmp_path/"again"/"samples").as_posix()}
+    assert ({k for k in after if after[k] != before.get(k)}
+            == {column.relative_to(tmp_path/"again"/"samples").as_posix()})
 
 
 def test_changed_policy_is_evaluated_anew(world, evaluated, tmp_path, tiny_tokenizer):
-    "Pitfall 11: a folder whose weights changed meets none of its old numbers; other policies keep theirs."
+    """Pitfall 11: a folder whose weights changed meets none of its old numbers;
+    other policies keep theirs."""
     import shutil
     out, summary = evaluated
     shutil.copytree(out, tmp_path/"out")
     shutil.copytree(world/"policy", tmp_path/"policy")
     save_model(tilted(load_policy(str(world/"policy")), .05), tiny_tokenizer, tmp_path/"policy")
-    found = evaluate(config_of(world, tmp_path/"out", policies={"vcb-gamma0.5": str(tmp_path/"policy")}))
+    found = evaluate(config_of(world, tmp_path/"out",
+                               policies={"vcb-gamma0.5": str(tmp_path/"policy")}))
     new, old = (s["policies"]["vcb-gamma0.5"]["splits"]["test"] for s in (found, summary))
-    assert new["kl"] != old["kl"] and found["policies"]["sft"]["splits"] == summary["policies"]["sft"]["splits"]
+    assert (new["kl"] != old["kl"]
+            and found["policies"]["sft"]["splits"] == summary["policies"]["sft"]["splits"])
 
 
 def test_no_kl_off_policy(world, tmp_path, caplog):
     "Pitfall 30: KL from samples at another temperature is refused, not reported as if it were one."
-    found = evaluate(config_of(world, tmp_path, temperature=.7, ood_prompts=None, reward=None, candidates=None))
+    found = evaluate(config_of(world, tmp_path, temperature=.7, ood_prompts=None, reward=None,
+                               candidates=None))
     test = found["policies"]["sft"]["splits"]["test"]
     assert test["kl"] is None and test["kl_k3"] is None and not test["on_policy"]
     assert test["gold"]["value"] is not None
@@ -440,7 +476,8 @@ def diagnosis(policy, reference, candidates, out, **changes):
 
 def test_diagnose_a_model_against_itself(world, tmp_path):
     found = diagnosis(world/"sft", world/"sft", world/"candidates.jsonl", tmp_path)
-    assert found["slope"]["value"] == found["r2"]["value"] == 0 and found["implied_gamma"]["value"] is None
+    assert (found["slope"]["value"] == found["r2"]["value"] == 0
+            and found["implied_gamma"]["value"] is None)
     assert (tmp_path/"calibration.png").read_bytes().startswith(b"\x89PNG")
     assert read_json(tmp_path/"diagnose.json") == json.loads(json.dumps(found))
     page = (tmp_path/"diagnose.md").read_text("utf-8")
@@ -449,28 +486,32 @@ def test_diagnose_a_model_against_itself(world, tmp_path):
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_diagnose_recovers_a_planted_slope(tmp_path, tiny_tokenizer, architecture):
-    "Rewards that are the two models' own log-ratios: the line fits exactly, and its slope is the pooled σ."
+    """Rewards that are the two models' own log-ratios: the line fits exactly,
+    and its slope is the pooled σ."""
     model = new_policy(tiny_tokenizer, architecture, seed=0)
     save_model(model, tiny_tokenizer, tmp_path/"sft")
     save_model(tilted(model, .05), tiny_tokenizer, tmp_path/"policy")
     texts = ["good soup", "bad", "the bread was warm", "so"]
-    rows = [dict(prompt=f"Topic {i}: ", responses=texts, rewards=[0., 1., 2., 3.]) for i in range(5)]
+    rows = [dict(prompt=f"Topic {i}: ", responses=texts, rewards=[0., 1., 2., 3.])
+            for i in range(5)]
     write_jsonl(tmp_path/"flat.jsonl", rows)
     diagnosis(tmp_path/"policy", tmp_path/"sft", tmp_path/"flat.jsonl", tmp_path/"first")
     columns = sorted((tmp_path/"first").glob("candidates-*/logps-*.json"))
     a, b = map(read_json, columns)
     for sign in (1, -1):
         ratios = sign*np.subtract(a, b)
-        write_jsonl(tmp_path/"own.jsonl", [{**row, "rewards": r.tolist()} for row, r in zip(rows, ratios)])
-        found = diagnosis(tmp_path/"policy", tmp_path/"sft", tmp_path/"own.jsonl", tmp_path/f"second{sign}",
-                          sigma="dataset")
+        write_jsonl(tmp_path/"own.jsonl",
+                    [{**row, "rewards": r.tolist()} for row, r in zip(rows, ratios)])
+        found = diagnosis(tmp_path/"policy", tmp_path/"sft", tmp_path/"own.jsonl",
+                          tmp_path/f"second{sign}", sigma="dataset")
         assert found["r2"]["value"] == pytest.approx(1) == abs(found["pearson"]["value"])
         assert abs(found["slope"]["value"]) == pytest.approx(found["sigma"][0], rel=1e-5)
 
 
 def test_diagnose_an_adapter_folder(world, tmp_path):
     "A LoRA adapter as PEFT saves it, without a tokenizer: it is merged into its base."
-    model = add_lora(load_policy(str(world/"sft")), dict(r=2, target_modules="all-linear", init_lora_weights=False))
+    model = add_lora(load_policy(str(world/"sft")),
+                     dict(r=2, target_modules="all-linear", init_lora_weights=False))
     model.save_pretrained(tmp_path/"adapter")
     found = diagnosis(tmp_path/"adapter", world/"sft", world/"candidates.jsonl", tmp_path/"out")
     assert found["slope"]["value"] != 0 and found["candidates"] == 20
@@ -487,7 +528,8 @@ def test_diagnose_scores_with_a_judge(world, tmp_path):
 
 def test_diagnose_warns_of_two_candidates(world, tmp_path, caplog):
     "Pitfall 24: two candidates a prompt keep no reward value, unless σ is the data set's."
-    rows = [dict(prompt=f"P{i} ", completions=["good", "bad"], rewards=[1., float(i)]) for i in range(2, 6)]
+    rows = [dict(prompt=f"P{i} ", completions=["good", "bad"], rewards=[1., float(i)])
+            for i in range(2, 6)]
     write_jsonl(tmp_path/"pairs.jsonl", rows)
     diagnosis(world/"policy", world/"sft", tmp_path/"pairs.jsonl", tmp_path/"a")
     assert "±√2" in caplog.text
@@ -497,22 +539,26 @@ def test_diagnose_warns_of_two_candidates(world, tmp_path, caplog):
 
 
 def test_foreign_ids_are_made_anew(world, tmp_path, caplog):
-    "Pitfall 27: stored ids are used where they are this tokenizer's, and where they are not, that is said."
+    """Pitfall 27: stored ids are used where they are this tokenizer's, and where they are not,
+    that is said."""
     rows = [dict(prompt="P ", prompt_ids=[2, 3], completions=["good", "bad soup", "so"],
-                 completion_ids=[[9], [8, 7], [6]], finish_reasons=["stop"]*3, rewards=[1., 2., 4.])]
+                 completion_ids=[[9], [8, 7], [6]], finish_reasons=["stop"]*3,
+                 rewards=[1., 2., 4.])]
     write_jsonl(tmp_path/"foreign.jsonl", rows)
     plain = [{k: rows[0][k] for k in ("prompt", "completions", "rewards")}]
     write_jsonl(tmp_path/"plain.jsonl", plain)
-    found, expected = (diagnosis(world/"policy", world/"sft", tmp_path/f"{name}.jsonl", tmp_path/name)
+    found, expected = (diagnosis(world/"policy", world/"sft", tmp_path/f"{name}.jsonl",
+                                 tmp_path/name)
                        for name in ("foreign", "plain"))
     assert found["slope"] == expected["slope"] and "tokenised anew" in caplog.text
 
 
 def test_diagnose_real_candidates(world, shared_data, tmp_path):
     "Summaries with expert scores: ragged rows, real text, rewards on their own scale."
-    found = diagnosis(world/"policy", world/"sft", shared_data/"scored_summeval"/"dev.jsonl.gz", tmp_path, limit=4,
-                      max_prompt_length=48, max_new_tokens=48)
-    assert found["slope"]["prompts"] == 4 and found["candidates"] > 40 and 0 <= found["r2"]["value"] <= 1
+    found = diagnosis(world/"policy", world/"sft", shared_data/"scored_summeval"/"dev.jsonl.gz",
+                      tmp_path, limit=4, max_prompt_length=48, max_new_tokens=48)
+    assert (found["slope"]["prompts"] == 4 and found["candidates"] > 40
+            and 0 <= found["r2"]["value"] <= 1)
 
 
 # ---- figures
@@ -520,7 +566,8 @@ def test_diagnose_real_candidates(world, shared_data, tmp_path):
 def drawn(fig):
     "Every visible panel of a figure has both axes named; then it becomes a PNG."
     for ax in fig.axes:
-        if ax.get_visible() and ax.get_label() != "<colorbar>": assert ax.get_xlabel() or ax.get_yticklabels()
+        if ax.get_visible() and ax.get_label() != "<colorbar>":
+            assert ax.get_xlabel() or ax.get_yticklabels()
     assert figures.figure_bytes(fig).startswith(b"\x89PNG")
 
 
@@ -530,7 +577,8 @@ def test_every_figure_draws_a_real_summary(evaluated):
         drawn(figures.plot_frontier(summary, split, judge, sigma=1.))
         drawn(figures.plot_margins(summary, "sft", judge, split))
         drawn(figures.plot_win_matrix(summary, judge, split))
-    for plot in (figures.plot_calibration, figures.plot_rewards, figures.plot_samples): drawn(plot(summary))
+    for plot in (figures.plot_calibration, figures.plot_rewards, figures.plot_samples):
+        drawn(plot(summary))
     assert not plt.get_fignums(), "figures that were turned into bytes are closed"
 
 
