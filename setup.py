@@ -18,9 +18,9 @@ setup(
     keywords=cfg["keywords"].split(),
     author=cfg["author"],
     author_email=cfg["author_email"],
-    project_urls={"Repository": cfg["git_url"], "Documentation": cfg["doc_url"]},
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)],
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "vllm": cfg["vllm_requirements"].split()},
-    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split(),
+                  "nbdev": ["vcb_nb = vcb_nb._modidx:d"]},  # names in backticks link to their pages
 )
