@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test notebooks export docs clean
+.PHONY: demo test notebooks export docs site-preview clean
 
 demo: $(READY)  ## the whole pipeline on the embedded world, ending in a report
 	@$(BIN)/vcb run demo
@@ -13,14 +13,17 @@ test: $(READY)  ## every test, every notebook
 	$(BIN)/python -m pytest
 
 export: $(READY)  ## after editing notebooks: library and clean notebooks
-	$(BIN)/nbdev-export && $(BIN)/python tools/strip_widgets.py && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
+	$(BIN)/nbdev-export && $(BIN)/python tools/strip_widgets.py && $(BIN)/python tools/tidy_cells.py && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
 
 docs: $(READY)  ## the documentation site (needs Quarto)
 	@command -v quarto >/dev/null || { echo "The site needs Quarto: https://quarto.org/docs/get-started/"; exit 1; }
 	$(BIN)/nbdev-docs
 
+site-preview: $(READY)  ## the same pages, without Quarto and without a network, in _preview/
+	@$(BIN)/python -W ignore tools/site_preview.py _preview
+
 clean:
-	rm -rf $(VENV) runs _docs _proc build dist *.egg-info
+	rm -rf $(VENV) runs _docs _proc _preview build dist *.egg-info
 
 $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=...")'

@@ -1,4 +1,5 @@
-"""Write README.md from nbs/index.ipynb: `python tools/readme.py`. (nbdev's own command needs Quarto.)"""
+"""Write README.md from nbs/index.ipynb: `python tools/readme.py`.
+(nbdev's own command needs Quarto.)"""
 import json, re
 from pathlib import Path
 
@@ -15,14 +16,16 @@ def output_text(cell):
 def cell_markdown(cell):
     source = "".join(cell["source"])
     if cell["cell_type"] == "code": return f"```python\n{source}\n```" + output_text(cell)
-    source = source.replace("](images/", "](nbs/images/")
-    return re.sub(r"\]\((?!http)((?:theory|pipeline|runs)/)\d+[a-z]*_(\w+)\.ipynb\)", rf"]({SITE}/\1\2.html)", source)
+    source = (source.replace("](images/", "](nbs/images/")
+              .replace("](claims.qmd)", f"]({SITE}/claims.html)"))
+    return re.sub(r"\]\((?!http)((?:theory|pipeline|runs)/)\d+[a-z]*_(\w+)\.ipynb\)",
+                  rf"]({SITE}/\1\2.html)", source)
 
 
 def readme():
-    "The README as text. Hidden cells stay hidden."
+    "The README as text. What is hidden, or moves only on the page, stays out."
     cells = json.loads((ROOT/"nbs"/"index.ipynb").read_text("utf-8"))["cells"]
-    shown = [c for c in cells if not "".join(c["source"]).startswith("#| hide")]
+    shown = [c for c in cells if not "".join(c["source"]).startswith(("#| hide", "#| echo: false"))]
     return "\n\n".join(map(cell_markdown, shown)) + "\n"
 
 
