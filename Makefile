@@ -9,8 +9,8 @@ READY := $(VENV)/.ready
 demo: $(READY)  ## the whole pipeline on the embedded world, ending in a report
 	@$(BIN)/vcb run demo
 
-test: $(READY)  ## every test, every notebook
-	$(BIN)/python -m pytest
+test: $(READY)  ## every test, every notebook, a file at a time on each of two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 export: $(READY)  ## after editing notebooks: library and clean notebooks
 	$(BIN)/nbdev-export && $(BIN)/python tools/strip_widgets.py && $(BIN)/python tools/tidy_cells.py && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
