@@ -5,7 +5,8 @@ from pathlib import Path
 import nbformat, pytest
 from browser import chromium
 
-from vcb_nb.explorables import order_value
+from test_explorables_browser import moved_by_keyboard
+from vcb_nb.explorables import EXPLORABLES, order_value
 
 ROOT = Path(__file__).parent.parent
 CODE = "from vcb_nb.explorables import order_value\norder_value()"
@@ -18,9 +19,9 @@ def free_port():
         return s.getsockname()[1]
 
 
-def notebook(path, outputs=()):
+def notebook(path, outputs=(), code=CODE):
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    cell = nbformat.v4.new_code_cell(CODE, outputs=list(outputs))
+    cell = nbformat.v4.new_code_cell(code, outputs=list(outputs))
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel}), path)
 
 
@@ -64,6 +65,9 @@ def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     (folder/"root").mkdir()
     notebook(folder/"root"/"run.ipynb")
+    notebook(folder/"root"/"all.ipynb", code="from IPython.display import display\n"
+             "from vcb_nb.explorables import EXPLORABLES\n"
+             "display(*(make() for make in EXPLORABLES.values()))")
     html = {"text/html": order_value()._repr_html_(), "text/plain": order_value().alt}
     output = nbformat.v4.new_output("execute_result", html, execution_count=1)
     notebook(folder/"root"/"stored.ipynb", [output])
@@ -113,6 +117,16 @@ def test_runs_and_moves_in_jupyterlab(lab):
                              f"{selector}')")
         assert page.evaluate(active) == cell
     assert [e for e in page.errors if "vcbx" in e.lower()] == []
+
+
+@pytest.mark.slow
+def test_every_control_of_every_figure_moves_in_jupyterlab(lab):
+    page, address = lab
+    open_notebook(page, address, "all.ipynb")
+    run_first_cell(page)
+    ready = "document.querySelectorAll('.jp-OutputArea .vcbx[data-vcbx-ready]').length"
+    page.wait(f"{ready} === {len(EXPLORABLES)}", 60)
+    for figure in range(len(EXPLORABLES)): assert moved_by_keyboard(page, figure) > 0
 
 
 @pytest.mark.slow

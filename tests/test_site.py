@@ -280,6 +280,24 @@ def test_equations_are_numbered_and_referred_to(site):
 
 # The preview's own reading of Quarto's markdown
 
+@pytest.mark.slow
+def test_explorables_move_on_the_built_pages(site, tmp_path):
+    "In a browser, on the pages as they are read: every control of every figure, by keyboard."
+    from browser import chromium
+    from test_explorables_browser import moved_by_keyboard
+    out, pages, _ = site
+    counts = {name: text.count('data-vcbx="') for name, text in pages.items()}
+    moving = {name: count for name, count in counts.items() if count}
+    assert sum(moving.values()) >= 4
+    with chromium(tmp_path) as page:
+        page.viewport(1200, 2000)
+        for name, figures in moving.items():
+            page.open((out/name).as_uri())
+            page.wait(f"document.querySelectorAll('.vcbx[data-vcbx-ready]').length >= {figures}")
+            for figure in range(figures): assert moved_by_keyboard(page, figure) > 0, name
+        assert page.errors == []
+
+
 @pytest.fixture(scope="module")
 def new_page():
     pytest.importorskip("latex2mathml")
