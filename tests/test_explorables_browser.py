@@ -78,7 +78,7 @@ def changes(page, act, seconds=5, k=0):
 
 def reset(page, figure=0):
     page.evaluate(f"[...document.querySelectorAll('.vcbx')[{figure}].querySelectorAll('button')]"
-                  ".find(b => b.textContent === 'Reset').click()")
+                  ".find(b => b.textContent === 'Reset')?.click()")
     page.settle()
 
 

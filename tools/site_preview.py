@@ -244,7 +244,8 @@ def build(out):
         target = out/source.output
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(page_html(source, sources, sidebar, bibliography, template), "utf-8")
-    shutil.copytree(nbs/"images", out/"images", dirs_exist_ok=True)
+    for images in nbs.rglob("images"):
+        shutil.copytree(images, out/images.relative_to(nbs), dirs_exist_ok=True)
     shutil.copy(ROOT/"tools"/"colab-badge.svg", out)
     return sources
 

@@ -1,0 +1,405 @@
+"""The prompt computed once against rows: float64, values and every parameter's gradient."""
+import copy, logging
+
+import pytest, torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+
+from vcb_nb import packing
+from vcb_nb.artifacts import InputError
+from vcb_nb.logprobs import collate_candidates, sequence_logps
+from vcb_nb.models import add_lora, disable_dropout, load_policy, new_policy, save_model
+from vcb_nb.packing import (PACKABLE, PACKED_ATTENTION, candidate_logps, enable_packing,
+                            pack_candidates, packed_logps, packed_token_logps, supports_packing)
+
+ARCHITECTURES = ["gpt_neox", "gpt2", "llama", "qwen2", "qwen3"]
+FULL_HEADS = {"gpt2", "gpt_neox", "phi"} # the others get grouped-query attention
+EOS = 0
+# Ragged n, ragged lengths, one-token responses, a prompt of one token, equal candidates.
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [3, 4]]
+COMPLETIONS = [[[9, 10, EOS], [11] * 9], [[12, EOS], [13, 14], [15] * 4, [EOS]],
+               [[EOS], [3, EOS], [16, 17, 18], [EOS]], [[7] * 20 + [EOS]]]
+ONE_BYTE = 1 # a budget that chunks the head into single positions
+LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.}
+
+
+def tiny(tokenizer, architecture="gpt_neox", **kwargs):
+    "A tiny model in float64; grouped-query attention where the architecture has it."
+    return in_float64(fresh(tokenizer, architecture, **kwargs).double())
+
+
+def fresh(tokenizer, architecture="gpt_neox", **kwargs):
+    shape = {"hidden_size": 32, "num_hidden_layers": 2}
+    if architecture not in FULL_HEADS: shape["num_key_value_heads"] = 2
+    return new_policy(tokenizer, architecture, **{**shape, **kwargs})
+
+
+def in_float64(model):
+    """RMSNorm of transformers rounds to fp32 also in a float64 model, which limits any comparison
+    of gradients to 1e-6: the same formula without the rounding."""
+    for module in model.modules():
+        if not type(module).__name__.endswith("RMSNorm"): continue
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        shift = 1. if type(module).__name__.startswith("Gemma") else 0.
+        module.forward = lambda x, m=module, eps=eps, shift=shift: F.rms_norm(
+            x, m.weight.shape, m.weight + shift, eps)
+    return model
+
+
+def trained(model): return [p for p in model.parameters() if p.requires_grad]
+
+
+def with_gradient(model, logps, mask):
+    "Values, and the gradient of a weighted sum for every trained parameter."
+    weights = torch.randn(mask.shape, dtype=torch.float64,
+                          generator=torch.Generator().manual_seed(0))
+    for p in model.parameters(): p.grad = None
+    (logps * weights).sum().backward()
+    return logps.detach(), [p.grad for p in trained(model)]
+
+
+def rows(model, reduce="sum"):
+    batch = collate_candidates(PROMPTS, COMPLETIONS)
+    return with_gradient(model, sequence_logps(model, batch, reduce), batch.mask)
+
+
+def packed(model, **kwargs):
+    logps = packed_logps(model, PROMPTS, COMPLETIONS, **kwargs)
+    return with_gradient(model, logps, pack_candidates(PROMPTS, COMPLETIONS).mask)
+
+
+def assert_same(ours, theirs):
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    assert all(g is not None for g in ours[1])
+
+
+# ---------------------------------------------------------------- packed ≡ rows
+
+@pytest.mark.parametrize("head_bytes", [packing.HEAD_BYTES, ONE_BYTE])
+@pytest.mark.parametrize("architecture", PACKABLE)
+def test_values_and_gradients_are_those_of_rows(tiny_tokenizer, architecture, head_bytes):
+    "Pitfall 6: packed ≡ padded in float64, with plain logits and with the recomputing head."
+    model = tiny(tiny_tokenizer, architecture, initializer_range=.2)
+    expected = rows(model)
+    assert_same(packed(model, head_bytes=head_bytes), expected)
+    assert_same(rows(model), expected)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_models_as_they_are(tiny_tokenizer, architecture):
+    "RMSNorm untouched: values equal all the same, gradients to the fp32 that it rounds to."
+    model = fresh(tiny_tokenizer, architecture, initializer_range=.2).double()
+    (ours, gradients), (theirs, expected) = packed(model), rows(model)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    for a, b in zip(gradients, expected): assert (a - b).norm() <= 1e-6 * b.norm() + 1e-12
+
+
+def test_the_named_architectures_are_packable(): assert set(ARCHITECTURES) <= set(PACKABLE)
+
+
+def test_one_prompt_a_step_and_the_mean(tiny_tokenizer):
+    model = tiny(tiny_tokenizer)
+    together = packed_logps(model, PROMPTS, COMPLETIONS)
+    for i, (prompt, completions) in enumerate(zip(PROMPTS, COMPLETIONS)):
+        alone = packed_logps(model, [prompt], [completions])[0]
+        torch.testing.assert_close(alone, together[i, :len(completions)], atol=1e-12, rtol=0)
+    assert_same(packed(model, reduce="mean"), rows(model, "mean"))
+    assert (together[~pack_candidates(PROMPTS, COMPLETIONS).mask] == 0).all()
+
+
+@pytest.mark.parametrize("head_bytes", [packing.HEAD_BYTES, ONE_BYTE, 20_000])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_lora(tiny_tokenizer, architecture, head_bytes):
+    "A frozen head forms the hidden states' gradient in the forward, whatever its chunk."
+    model = add_lora(tiny(tiny_tokenizer, architecture, initializer_range=.2), LORA).double()
+    for name, p in model.named_parameters():
+        if "lora_B" in name: torch.nn.init.normal_(p, std=.1)
+    expected, ours = rows(model), packed(model, head_bytes=head_bytes)
+    assert_same(ours, expected)
+    assert all(g.any() for g in ours[1])
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradient_checkpointing(tiny_tokenizer, architecture, reentrant, lora):
+    "Pitfall 13: the backward's second forward gets the layout too; both kinds of checkpointing."
+    model = tiny(tiny_tokenizer, architecture, initializer_range=.2)
+    if lora: model = add_lora(model, LORA).double()
+    expected = rows(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.train()
+    assert_same(packed(model), expected)
+    assert_same(packed(model, head_bytes=ONE_BYTE), expected)
+
+
+def test_a_head_with_a_bias(tiny_tokenizer):
+    model = tiny(tiny_tokenizer, "phi")
+    torch.nn.init.normal_(model.lm_head.bias)
+    assert_same(packed(model, head_bytes=ONE_BYTE), rows(model))
+    model.lm_head.requires_grad_(False)
+    assert_same(packed(model), rows(model))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fp32_and_bf16_within_their_precision(tiny_tokenizer, architecture):
+    "Pitfall 5: log-softmax and sums are in fp32, also under autocast."
+    model = fresh(tiny_tokenizer, architecture)
+    expected = sequence_logps(copy.deepcopy(model).double(),
+                              collate_candidates(PROMPTS, COMPLETIONS))
+    for head_bytes in (packing.HEAD_BYTES, ONE_BYTE):
+        ours = packed_logps(model, PROMPTS, COMPLETIONS, head_bytes=head_bytes)
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), expected, atol=1e-4, rtol=0)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = packed_logps(model, PROMPTS, COMPLETIONS, head_bytes=head_bytes)
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), expected, atol=.3, rtol=0)
+        ours.sum().backward()
+        assert all(p.grad.isfinite().all() for p in trained(model))
+
+
+def test_the_heads_products_follow_autocast(tiny_tokenizer):
+    "The three heads agree under bf16 autocast, which an fp32 head would not: values, gradients."
+    model, found = fresh(tiny_tokenizer, hidden_size=64), []
+    for head_bytes in (packing.HEAD_BYTES, ONE_BYTE, 2 * packing.HEAD_BYTES):
+        head = model.lm_head
+        if found[1:]: head.forward = lambda x: F.linear(x, head.weight) # then: cross_entropy
+        with torch.autocast("cpu", torch.bfloat16):
+            logps = packed_logps(model, PROMPTS, COMPLETIONS, head_bytes=head_bytes)
+        found.append((logps.detach(), torch.autograd.grad(logps.sum(), model.lm_head.weight)[0]))
+    for logps, gradient in found[:2]:
+        torch.testing.assert_close(logps, found[2][0], atol=1e-5, rtol=0)
+        assert (gradient - found[2][1]).norm() < .01 * found[2][1].norm()
+
+
+# ---------------------------------------------------------------- nothing leaks
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_candidates_tokens_do_not_reach_the_others(tiny_tokenizer, architecture):
+    "Pitfall 6: other tokens in one candidate leave every other log-prob bit-identical."
+    model = fresh(tiny_tokenizer, architecture, initializer_range=.2)
+    before = packed_logps(model, PROMPTS, COMPLETIONS)
+    for i, completions in enumerate(COMPLETIONS):
+        for j in range(len(completions)):
+            changed = copy.deepcopy(COMPLETIONS)
+            changed[i][j] = [token + 30 for token in changed[i][j]]
+            same = packed_logps(model, PROMPTS, changed) == before
+            assert not same[i, j] and same.sum() == same.numel() - 1
+
+
+# The bugs that the tests above are for, each put in and seen.
+
+def bug_positions(layout): return layout.__class__(
+    **{**vars(layout), "position_ids": torch.arange(layout.input_ids.shape[1])[None]})
+
+
+def bug_one_causal_row(layout): return layout.__class__(
+    **{**vars(layout), "groups": ((layout.input_ids.shape[1],),)})
+
+
+@pytest.mark.parametrize("bug", [bug_positions, bug_one_causal_row])
+def test_these_bugs_would_be_seen(tiny_tokenizer, monkeypatch, bug):
+    "Pitfall 6: positions that run on, and responses that see one another, move the log-probs."
+    model = tiny(tiny_tokenizer, initializer_range=.2)
+    right = packed_logps(model, PROMPTS, COMPLETIONS)
+    monkeypatch.setattr(packing, "pack_candidates", lambda *a: bug(pack_candidates(*a)))
+    wrong = packed_logps(model, PROMPTS, COMPLETIONS)
+    assert (right - wrong).abs().max() > 1e-3
+
+
+def test_eager_with_a_bool_mask_is_why_the_attention_is_checked(tiny_tokenizer):
+    "Eager attention adds its 4D mask: a bool one is silently wrong, so eager is refused."
+    model = tiny(tiny_tokenizer, initializer_range=.2)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    mask = torch.ones(4, 4, dtype=torch.bool).tril()[None, None]
+    right = model(ids, attention_mask=mask).logits
+    model.set_attn_implementation("eager")
+    assert (model(ids, attention_mask=mask).logits - right).abs().max() > 1e-3
+    assert "eager" in supports_packing(model)[1]
+
+
+def test_a_layer_that_the_layout_does_not_reach_raises(tiny_tokenizer, monkeypatch):
+    "StableLM's attention takes no keyword of ours: put on the list by mistake it raises."
+    model = fresh(tiny_tokenizer, "stablelm")
+    monkeypatch.setattr(packing, "PACKABLE", ("stablelm",))
+    with pytest.raises(InputError, match="not handed the layout"):
+        packed_logps(model, PROMPTS, COMPLETIONS)
+
+
+# ---------------------------------------------------------------- everything else is unchanged
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_generate_and_forward_are_unchanged(tiny_tokenizer, architecture, tmp_path):
+    "Bit-identical before and after: padded forward, unpadded forward, greedy and sampled decoding."
+    model = fresh(tiny_tokenizer, architecture, initializer_range=.2).eval()
+    def behaviour(model):
+        ids = torch.tensor([[5, 6, 7, 8], [9, 10, 1, 1]])
+        mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+        torch.manual_seed(0)
+        kwargs = dict(max_new_tokens=12, return_dict_in_generate=True, output_logits=True)
+        with torch.no_grad():
+            flipped = dict(input_ids=ids.flip(1), attention_mask=mask.flip(1))
+            outs = [model.generate(**flipped, do_sample=d, **kwargs) for d in (False, True)]
+            return [model(ids, attention_mask=mask).logits, model(ids).logits,
+                    *(x for out in outs for x in (out.sequences, *out.logits))]
+    before = behaviour(model)
+    packed_logps(model, PROMPTS, COMPLETIONS, head_bytes=ONE_BYTE).sum().backward()
+    assert model.config._attn_implementation == PACKED_ATTENTION
+    assert all(torch.equal(a, b) for a, b in zip(before, behaviour(model), strict=True))
+    assert "forward" not in vars(model.get_output_embeddings())
+    save_model(model, tiny_tokenizer, tmp_path/"model")
+    assert PACKED_ATTENTION not in (tmp_path/"model"/"config.json").read_text()
+    assert load_policy(tmp_path/"model").config._attn_implementation == "sdpa"
+
+
+def test_a_failed_forward_leaves_the_head_alone(tiny_tokenizer):
+    model = enable_packing(tiny(tiny_tokenizer))
+    layout = pack_candidates(PROMPTS, COMPLETIONS)
+    layout.input_ids[0, 0] = 10**6
+    with pytest.raises(IndexError): packed_token_logps(model, layout, ONE_BYTE)
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
+def test_a_wrapped_model_is_called_through_its_wrapper(tiny_tokenizer):
+    "DDP's hooks live in the wrapper's forward; a trained head's gradient arrives through it."
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.nn.parallel import DistributedDataParallel
+    model = tiny(tiny_tokenizer)
+    expected = packed(model, head_bytes=ONE_BYTE)
+    init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try: ours = packed(DistributedDataParallel(model), head_bytes=ONE_BYTE)
+    finally: destroy_process_group()
+    assert_same(ours, expected)
+
+
+# ---------------------------------------------------------------- refusals
+
+REFUSED = {
+    "sliding window of 8": ("mistral", dict(sliding_window=8)),
+    "not among those tested": ("stablelm", {}),
+    "final_logit_softcapping": ("gemma", dict(final_logit_softcapping=30.)),
+    "logit_scale": ("llama", dict(logit_scale=.5)),
+    "dynamic": ("llama", dict(rope_parameters={"rope_type": "dynamic", "factor": 2.,
+                                              "rope_theta": 1e4})),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refused_by_architecture_or_setting(tiny_tokenizer, words):
+    architecture, settings = REFUSED[words]
+    model = fresh(tiny_tokenizer, architecture)
+    for name, value in settings.items(): setattr(model.config, name, value)
+    supported, reason = supports_packing(model)
+    assert not supported and words in reason
+    with pytest.raises(InputError, match=words): packed_logps(model, PROMPTS, COMPLETIONS)
+
+
+def test_a_long_enough_sliding_window_is_no_reason(tiny_tokenizer):
+    model = tiny(tiny_tokenizer, "mistral", sliding_window=24)
+    assert supports_packing(model, 24) == (True, "")
+    assert not supports_packing(model, 25)[0] and not supports_packing(model)[0]
+    assert_same(packed(model), rows(model)) # 23 tokens at most
+
+
+def test_dropout_is_refused_in_training_only(tiny_tokenizer):
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
+                 intermediate_size=64, bos_token_id=0, eos_token_id=0)
+    for config in (GPTNeoXConfig(**shape, attention_dropout=.1), LlamaConfig(
+            **shape, attention_dropout=.1), GPTNeoXConfig(**shape, hidden_dropout=.1),
+            GPT2Config(n_embd=32, n_layer=1, n_head=4, attn_pdrop=.1, bos_token_id=0,
+                       eos_token_id=0, embd_pdrop=0., resid_pdrop=0.)):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        assert "dropout" in supports_packing(model.train())[1]
+        assert supports_packing(model.eval())[0]
+        assert supports_packing(disable_dropout(model).train())[0]
+    model = add_lora(tiny(tiny_tokenizer), {**LORA, "lora_dropout": .1})
+    assert "dropout" in supports_packing(model.train())[1] and supports_packing(model.eval())[0]
+
+
+def test_adapters_that_are_refused(tiny_tokenizer):
+    peft = pytest.importorskip("peft")
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(tiny(tiny_tokenizer), prompt)
+    assert "prompt-tuning" in supports_packing(model)[1]
+    for where in ({"target_modules": ["lm_head", "dense"]},
+                  {"modules_to_save": ["lm_head"]}):
+        assert "head" in supports_packing(add_lora(tiny(tiny_tokenizer), {**LORA, **where}))[1]
+
+
+def test_a_refused_model_takes_rows_and_says_so_once(tiny_tokenizer, caplog):
+    model = fresh(tiny_tokenizer, "stablelm").double()
+    packing._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="vcb_nb.packing"):
+        ours = [candidate_logps(model, PROMPTS, COMPLETIONS) for _ in range(2)]
+    expected = sequence_logps(model, collate_candidates(PROMPTS, COMPLETIONS))
+    assert torch.equal(ours[0], expected) and torch.equal(ours[1], expected)
+    assert len(caplog.records) == 1 and "stablelm" in caplog.text
+    model = tiny(tiny_tokenizer)
+    torch.testing.assert_close(candidate_logps(model, PROMPTS, COMPLETIONS), rows(model)[0],
+                               atol=1e-12, rtol=0)
+
+
+def test_bad_inputs_are_named(tiny_tokenizer):
+    model = tiny(tiny_tokenizer, max_position_embeddings=16)
+    with pytest.raises(InputError, match="Prompt 0 is empty"): packed_logps(model, [[]], [[[3]]])
+    with pytest.raises(InputError, match="Completion 1 of prompt 0 is empty"):
+        packed_logps(model, [[3]], [[[3], []]])
+    with pytest.raises(InputError, match="without completions"): packed_logps(model, [[3]], [[]])
+    with pytest.raises(InputError, match="Completion 0 of prompt 1 has 17 tokens"):
+        packed_logps(model, [[3], [4]], [[[3]], [[5] * 16]])
+    with pytest.raises(ValueError, match="reduce"):
+        packed_logps(model, [[3]], [[[3]]], reduce="max")
+
+
+# ---------------------------------------------------------------- the layout
+
+def test_every_prompt_stands_in_the_row_once():
+    layout = pack_candidates(PROMPTS, COMPLETIONS)
+    fed = sum(len(c) - 1 for cs in COMPLETIONS for c in cs)
+    assert layout.input_ids.shape == (1, sum(map(len, PROMPTS)) + fed)
+    assert layout.position_ids.max() == max(
+        len(p) + len(c) - 2 for p, cs in zip(PROMPTS, COMPLETIONS) for c in cs)
+    assert layout.targets.tolist() == [t for cs in COMPLETIONS for c in cs for t in c]
+
+
+def test_a_prompt_without_candidates_costs_nothing(tiny_tokenizer):
+    model = tiny(tiny_tokenizer)
+    ours = packed_logps(model, [[3, 4], [5], [6]], [[[7]], [], [[8, 9]]])
+    torch.testing.assert_close(ours, sequence_logps(
+        model, collate_candidates([[3, 4], [5], [6]], [[[7]], [], [[8, 9]]])), atol=1e-12, rtol=0)
+    assert pack_candidates([[3, 4], [5], [6]], [[[7]], [], [[8, 9]]]).input_ids.shape == (1, 4)
+
+
+def test_no_logits_of_the_whole_row_are_formed(tiny_tokenizer):
+    "The head sees response positions only, and in chunks where the budget says so."
+    model, seen = enable_packing(tiny(tiny_tokenizer)), []
+    layout = pack_candidates([[5] * 50], [[[6, 7], [8, 9, 10]]])
+    handle = model.lm_head.register_forward_hook(
+        lambda head, args, out: seen.append((args[0].shape[1], out.shape[-1])))
+    packed_token_logps(model, layout)
+    packed_token_logps(model, layout, ONE_BYTE)
+    handle.remove()
+    assert seen == [(5, 1), (5, 1)]
+
+
+def test_a_head_with_a_forward_of_its_own_is_left_alone(tiny_tokenizer):
+    "Offloading replaces `forward`: then the logits of response positions, and cross_entropy."
+    model = tiny(tiny_tokenizer)
+    expected, original = rows(model), model.lm_head.forward
+    model.lm_head.forward = lambda hidden: original(hidden)
+    assert_same(packed(model, head_bytes=ONE_BYTE), expected)
+    assert "forward" in vars(model.lm_head)
+    del model.lm_head.forward
+    model.lm_head.__class__ = type("Quantised", (torch.nn.Linear,),
+                                   {"forward": lambda self, x: F.linear(x, self.weight * 1)})
+    assert_same(packed(model, head_bytes=ONE_BYTE), expected)
+    assert "forward" not in vars(model.lm_head)
+
+
+@pytest.mark.parametrize("head_bytes", [packing.HEAD_BYTES, ONE_BYTE])
+def test_without_gradients(tiny_tokenizer, head_bytes):
+    model = tiny(tiny_tokenizer)
+    with torch.no_grad(): logps = packed_logps(model, PROMPTS, COMPLETIONS, head_bytes=head_bytes)
+    assert not logps.requires_grad
+    torch.testing.assert_close(logps, rows(model)[0], atol=1e-12, rtol=0)
