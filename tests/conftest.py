@@ -35,6 +35,13 @@ def tiny_tokenizer():
     return train_tokenizer(SENTENCES * 4, vocab_size=320)
 
 
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    "A page of headless Chromium, see browser.py; skipped where there is none."
+    from browser import chromium
+    with chromium(tmp_path_factory.mktemp("chromium")) as page: yield page
+
+
 def pytest_terminal_summary(terminalreporter):
     "The count on a line of its own; an error in a fixture counts as a failure."
     count = {kind: len(terminalreporter.stats.get(kind, []))

@@ -5,7 +5,6 @@ Times are printed, never asserted (`pytest -s`): the machine may be busy."""
 import re, time
 
 import pytest
-from browser import chromium
 
 from vcb_nb.explorables import EXPLORABLES
 
@@ -23,11 +22,6 @@ PICTURE = """(k => [...document.querySelectorAll('.vcbx')[k]
   copy.querySelectorAll('[visibility=hidden]').forEach(c => c.remove());
   return copy.outerHTML.replace(/ aria-[a-z]+="[^"]*"/g, '');
 }).join('\\n'))"""
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with chromium(tmp_path_factory.mktemp("chromium")) as page: yield page
 
 
 @pytest.fixture

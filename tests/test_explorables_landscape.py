@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import chromium
 
 from vcb_nb import explorables
 from vcb_nb.explorables import hard_pairs, loss_landscape
@@ -198,11 +197,6 @@ def test_rewards_may_come_in_any_order():
 # ---- in a browser
 
 SAID = "document.querySelector('.vcbx-result').textContent"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with chromium(tmp_path_factory.mktemp("chromium")) as page: yield page
 
 
 @pytest.fixture

@@ -1,14 +1,14 @@
 "The playground: what the controls say is what is trained, and what is trained is what is drawn."
-import io, json, subprocess, sys, time
+import io, json, subprocess, sys
 from pathlib import Path
 
 import ipywidgets, pytest, torch
 from matplotlib.image import imread
 
 from vcb_nb import widgets
-from vcb_nb.losses import LOSSES
-from vcb_nb.widgets import (HIGH, LOW, RESPONSES, BenchFigure, alike, bench_world, check_method,
-                            compute, frontier, outcome, playground, train)
+from vcb_nb.losses import LOSSES, check_loss
+from vcb_nb.widgets import (HIGH, LOW, RESPONSES, BenchFigure, alike, bench_world, compute,
+                            frontier, outcome, playground, train)
 from vcb_nb.worlds import (expected, fit_table, frontier_reward, kl_divergence, optimal_policy,
                            sample_candidates)
 
@@ -66,21 +66,12 @@ def test_quick_training_ends_where_adam_does(name):
     close(train(world, name, .5).policy.exp(), slow.policy.exp(), rtol=0, atol=.02)
 
 
-def test_rprop_is_that_of_torch():
-    "The same path as `torch.optim.Rprop` with the same bounds, to rounding."
-    peer = lambda params, lr: torch.optim.Rprop(params, lr, step_sizes=(1e-6, widgets.LONGEST_STEP))
-    world = bench_world(5)
-    paths = [fit_table(world, "vcb", steps=40, lr=widgets.FIRST_STEP, optimizer=o).logps
-             for o in (widgets.Rprop, peer)]
-    close(*paths, rtol=0, atol=1e-12)
-
-
 def test_training_is_fit_table():
     "Candidates, sigma and strength of the bench are handed on as they are."
     world = bench_world(7)
     found = train(world, "ipo", .5, candidates=6, seed=3)
     fit = fit_table(world, "ipo", tau=.25, candidates=sample_candidates(world, 6, 3),
-                    steps=widgets.STEPS, lr=widgets.FIRST_STEP, optimizer=widgets.Rprop,
+                    steps=widgets.STEPS, lr=widgets.FIRST_STEP, optimizer=widgets._rprop,
                     optimum=optimal_policy(world, .5))
     close(found.logps, fit.logps)
     close(found.kl_to_optimum, fit.kl_to_optimum)
@@ -104,11 +95,11 @@ def test_outcome_agrees_with_the_fits():
 
 @pytest.mark.parametrize("name", ["vbc", "ppo", "", None])
 def test_wrong_names_are_refused(name):
-    for call in (check_method, lambda n: alike(n, 1.), lambda n: train(bench_world(), n),
+    for call in (check_loss, lambda n: alike(n, 1.), lambda n: train(bench_world(), n),
                  lambda n: compute((n, "dpo")), playground, lambda n: playground("vcb", n)):
-        with pytest.raises(ValueError, match="Unknown method .*Valid: vcb, vcb_lse, dpo"):
+        with pytest.raises(ValueError, match="Unknown loss .*Valid: vcb, vcb_lse, dpo"):
             call(name)
-    with pytest.raises(ValueError, match="Did you mean 'vcb'"): check_method("vbc")
+    with pytest.raises(ValueError, match="Did you mean 'vcb'"): check_loss("vbc")
 
 
 def test_picture_takes_two_methods():
@@ -173,17 +164,6 @@ def test_controls_are_labelled_and_continuous(bench):
         if "Slider" in type(control).__name__: assert control.continuous_update
     assert isinstance(bench, ipywidgets.VBox)
     assert "<th scope" in bench.table.value
-
-
-def test_the_time_of_a_move_is_printed():
-    "Training two methods anew, drawing and measuring: seconds of one core, and another picture."
-    bench, times = playground("vcb", "dpo", seed=11), []
-    for gamma in (.3, .6, 1.3, 1.9, 2.6):
-        before, start = bench.picture.value, time.process_time()
-        bench.controls["gamma"].value = gamma
-        times.append(time.process_time() - start)
-        assert bench.picture.value != before
-    print("\nseconds:", [round(t, 3) for t in times])
 
 
 def test_needs_no_browser_and_no_transformers():

@@ -7,7 +7,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/theory/losses.html.md"""
 # %% auto #0
 __all__ = ['REWARD_RESOLUTION', 'LOSSES', 'reward_sigma', 'vcb_loss', 'vcb_lse_loss', 'dpo_loss', 'ipo_loss', 'slic_loss',
            'rrhf_loss', 'rpo_sq_loss', 'rpo_bwd_loss', 'distilled_dpo_loss', 'infonca_loss', 'dro_loss', 'Loss',
-           'preference_loss', 'calibration_metrics']
+           'check_loss', 'preference_loss', 'calibration_metrics']
 
 # %% ../nbs/theory/06_losses.ipynb #7f8ec2f8
 import difflib
@@ -450,6 +450,11 @@ def _unknown(kind, name, valid):
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return ValueError(f"Unknown {kind} {name!r}.{hint} Valid: {', '.join(valid)}.")
 
+def check_loss(name:str) -> str:
+    "The name itself; `ValueError` with the nearest valid one unless it is a key of `LOSSES`."
+    if name not in LOSSES: raise _unknown("loss", name, LOSSES)
+    return name
+
 def preference_loss(
     name:str, # key of `LOSSES`
     logps:Tensor, # `[prompts, n]`, policy, nats, summed over tokens
@@ -464,8 +469,7 @@ def preference_loss(
 
     What a loss does not use of `ref_logps`, `lengths` and `sigma` it ignores. Prompts that carry no
     signal give exactly 0. Raises `ValueError` for an unknown name or hyper-parameter."""
-    if name not in LOSSES: raise _unknown("loss", name, LOSSES)
-    fn = LOSSES[name].fn
+    fn = LOSSES[check_loss(name)].fn
     accepted = _arguments(fn)
     valid = [*LOSSES[name].params, *(["value"] if "value" in accepted else [])]
     for param in params:
