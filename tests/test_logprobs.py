@@ -143,7 +143,8 @@ def test_sum_and_mean_by_hand():
     torch.testing.assert_close(sequence_logps(model, batch), expected)
     torch.testing.assert_close(sequence_logps(model, batch, "mean"),
                                expected / torch.tensor([[3, 1], [2, 1]]))
-    with pytest.raises(ValueError, match="'sum' or 'mean'"): sequence_logps(model, batch, "avg")
+    with pytest.raises(ValueError, match="Valid: mean, sum, token"):
+        sequence_logps(model, batch, "avg")
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])

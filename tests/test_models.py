@@ -11,7 +11,8 @@ from transformers import AutoModelForSequenceClassification, GPT2Tokenizer, PreT
 from vcb_nb.artifacts import InputError
 from vcb_nb.models import (add_lora, as_dtype, disable_dropout, load_policy, load_reward_model,
                            load_tokenizer, match_tokenizer, new_policy, new_reward_model, pad_rows,
-                           pick_device, reward_scores, save_model, separate_padding, token_batches)
+                           pick_device, save_model, separate_padding, token_batches)
+from vcb_nb.score import reward_scores
 
 ARCHITECTURES = ["gpt_neox", "gpt2", "llama", "qwen2"]
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
@@ -306,9 +307,10 @@ def oracle(model, prompt, completion):
 
 
 def assert_oracle(model, **kwargs):
-    scores = reward_scores(model, PROMPTS, COMPLETIONS, **kwargs)
     expected = [[oracle(model, p, c) for c in cs] for p, cs in zip(PROMPTS, COMPLETIONS)]
-    for a, b in zip(scores, expected): torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+    for way in ("rows", "shared"):
+        scores = reward_scores(model, PROMPTS, COMPLETIONS, way=way, **kwargs)
+        for a, b in zip(scores, expected): torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["own pad", "pad is eos", "no pad"])

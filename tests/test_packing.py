@@ -1,16 +1,21 @@
 """The prompt computed once against rows: float64, values and every parameter's gradient."""
 import copy, logging
+from functools import partial
 
 import pytest, torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+from hypothesis import given, strategies as st
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config,
+                          GPTNeoXConfig, LlamaConfig)
 
-from vcb_nb import packing
+from vcb_nb import logprobs, packing
 from vcb_nb.artifacts import InputError
-from vcb_nb.logprobs import collate_candidates, sequence_logps
-from vcb_nb.models import add_lora, disable_dropout, load_policy, new_policy, save_model
-from vcb_nb.packing import (PACKABLE, PACKED_ATTENTION, candidate_logps, enable_packing,
-                            pack_candidates, packed_logps, packed_token_logps, supports_packing)
+from vcb_nb.logprobs import candidate_logps, collate_candidates, score_logps, sequence_logps
+from vcb_nb.models import (add_lora, disable_dropout, load_policy, new_policy, row_scores,
+                           save_model)
+from vcb_nb.packing import (PACKABLE, PACKED_ATTENTION, enable_packing, pack_candidates,
+                            packed_batches, packed_token_logps, supports_packing)
+from vcb_nb.score import reward_scores
 
 ARCHITECTURES = ["gpt_neox", "gpt2", "llama", "qwen2", "qwen3"]
 FULL_HEADS = {"gpt2", "gpt_neox", "phi"} # the others get grouped-query attention
@@ -21,6 +26,8 @@ COMPLETIONS = [[[9, 10, EOS], [11] * 9], [[12, EOS], [13, 14], [15] * 4, [EOS]],
                [[EOS], [3, EOS], [16, 17, 18], [EOS]], [[7] * 20 + [EOS]]]
 ONE_BYTE = 1 # a budget that chunks the head into single positions
 LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.}
+
+packed_logps = partial(candidate_logps, way="shared")
 
 
 def tiny(tokenizer, architecture="gpt_neox", **kwargs):
@@ -203,7 +210,7 @@ def test_these_bugs_would_be_seen(tiny_tokenizer, monkeypatch, bug):
     "Pitfall 6: positions that run on, and responses that see one another, move the log-probs."
     model = tiny(tiny_tokenizer, initializer_range=.2)
     right = packed_logps(model, PROMPTS, COMPLETIONS)
-    monkeypatch.setattr(packing, "pack_candidates", lambda *a: bug(pack_candidates(*a)))
+    monkeypatch.setattr(logprobs, "pack_candidates", lambda *a: bug(pack_candidates(*a)))
     wrong = packed_logps(model, PROMPTS, COMPLETIONS)
     assert (right - wrong).abs().max() > 1e-3
 
@@ -329,8 +336,8 @@ def test_adapters_that_are_refused(tiny_tokenizer):
 
 def test_a_refused_model_takes_rows_and_says_so_once(tiny_tokenizer, caplog):
     model = fresh(tiny_tokenizer, "stablelm").double()
-    packing._say_once.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="vcb_nb.packing"):
+    logprobs._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="vcb_nb.logprobs"):
         ours = [candidate_logps(model, PROMPTS, COMPLETIONS) for _ in range(2)]
     expected = sequence_logps(model, collate_candidates(PROMPTS, COMPLETIONS))
     assert torch.equal(ours[0], expected) and torch.equal(ours[1], expected)
@@ -403,3 +410,99 @@ def test_without_gradients(tiny_tokenizer, head_bytes):
     with torch.no_grad(): logps = packed_logps(model, PROMPTS, COMPLETIONS, head_bytes=head_bytes)
     assert not logps.requires_grad
     torch.testing.assert_close(logps, rows(model)[0], atol=1e-12, rtol=0)
+
+
+# ---------------------------------------------------------------- tokens, entropies, the choice
+
+@pytest.mark.parametrize("head_bytes", [packing.HEAD_BYTES, ONE_BYTE])
+@pytest.mark.parametrize("lora", [False, True])
+def test_tokens_and_entropies_of_both_ways(tiny_tokenizer, lora, head_bytes):
+    "Against float64 log-softmax over all logits, one candidate at a time; entropy has no gradient."
+    model = tiny(tiny_tokenizer, initializer_range=.2)
+    if lora: model = add_lora(model, LORA).double()
+    for way in ("rows", "shared"):
+        ask = partial(candidate_logps, model, PROMPTS, COMPLETIONS, way, head_bytes=head_bytes)
+        logps, spread = ask(reduce="token", entropy=True)
+        for i, (prompt, completions) in enumerate(zip(PROMPTS, COMPLETIONS)):
+            for j, c in enumerate(completions):
+                logits = model(torch.tensor([prompt + c])).logits[0, len(prompt) - 1:-1]
+                law = torch.distributions.Categorical(logits=logits)
+                torch.testing.assert_close(logps[i, j, :len(c)], law.log_prob(torch.tensor(c)),
+                                           atol=1e-12, rtol=0)
+                torch.testing.assert_close(spread[i, j, :len(c)], law.entropy().detach(),
+                                           atol=1e-12, rtol=0)
+                assert not logps[i, j, len(c):].any() and not spread[i, j, len(c):].any()
+        assert logps.requires_grad and not spread.requires_grad
+        for reduce in ("sum", "mean"):
+            values, spreads = ask(reduce=reduce, entropy=True)
+            torch.testing.assert_close(values, ask(reduce=reduce), atol=0, rtol=0)
+            lengths = torch.tensor([[len(c) for c in cs] + [1] * (4 - len(cs))
+                                    for cs in COMPLETIONS]) if reduce == "mean" else 1
+            torch.testing.assert_close(values, logps.sum(-1) / lengths, atol=1e-12, rtol=0)
+            torch.testing.assert_close(spreads, spread.sum(-1) / lengths, atol=1e-12, rtol=0)
+
+
+def test_the_choice_is_said_once(tiny_tokenizer, caplog):
+    model = fresh(tiny_tokenizer)
+    logprobs._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="vcb_nb.logprobs"):
+        assert [logprobs.choose_way(model) for _ in range(3)] == ["shared"] * 3
+    assert [r.message for r in caplog.records] == [
+        "Each prompt is computed once for all its candidates."]
+    assert logprobs.choose_way(model, "rows") == "rows" and len(caplog.records) == 1
+    with pytest.raises(InputError, match="way is 'share'. Did you mean 'shared'"):
+        logprobs.choose_way(model, "share")
+
+
+# ---------------------------------------------------------------- scoring
+
+@pytest.mark.parametrize("architecture", PACKABLE)
+def test_rewards_are_those_of_rows(tiny_tokenizer, architecture):
+    "The trunk once over a prompt: the score at each response's last token, in float64."
+    config = tiny(tiny_tokenizer, architecture, initializer_range=.2).config
+    config.num_labels, config.pad_token_id = 1, 300
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
+    model = in_float64(model.double().eval())
+    expected = row_scores(model, PROMPTS, COMPLETIONS).tolist()
+    for budget in (10, 40, 10_000):
+        found = reward_scores(model, PROMPTS, COMPLETIONS, budget, way="shared")
+        torch.testing.assert_close(sum(found, []), expected, atol=1e-12, rtol=0)
+    assert supports_packing(model)[0] and len(set(expected)) > 5
+
+
+def test_rewards_without_a_prompt_and_of_other_models_are_rows(tiny_tokenizer):
+    config = tiny(tiny_tokenizer, "stablelm").config
+    config.num_labels, config.pad_token_id = 1, 300
+    for config in (config, copy.deepcopy(config)):
+        model = AutoModelForSequenceClassification.from_config(config).double().eval()
+        found = reward_scores(model, [[], [5]], [[[6, 7]], [[8], [9, 10]]])
+        expected = row_scores(model, [[], [5]], [[[6, 7]], [[8], [9, 10]]]).tolist()
+        torch.testing.assert_close(sum(found, []), expected, atol=1e-12, rtol=0)
+    assert not supports_packing(model)[0]
+
+
+@pytest.mark.parametrize("way", ["rows", "shared"])
+@pytest.mark.parametrize("batch_tokens", [1, 12, 30, 1000])
+def test_scoring_in_batches(tiny_tokenizer, way, batch_tokens):
+    "Whatever the batches, and in the order of the input."
+    model = tiny(tiny_tokenizer, initializer_range=.2)
+    found = score_logps(model, PROMPTS, COMPLETIONS, batch_tokens=batch_tokens, way=way)
+    assert [len(row) for row in found] == [len(cs) for cs in COMPLETIONS]
+    expected = rows(model)[0][pack_candidates(PROMPTS, COMPLETIONS).mask]
+    torch.testing.assert_close(sum(found, []), expected.tolist(), atol=1e-12, rtol=0)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 9), max_size=6)), max_size=8),
+       st.integers(1, 40))
+def test_packed_batches_partition_the_candidates(sizes, budget):
+    "Every candidate once, in order; full batches only where one candidate alone is too long."
+    prompts, completions = [[5] * p for p, _ in sizes], [[[6] * c for c in cs] for _, cs in sizes]
+    batches = packed_batches(prompts, completions, budget)
+    assert [(i, j) for batch in batches for i, js in batch for j in js] == [
+        (i, j) for i, cs in enumerate(completions) for j in range(len(cs))]
+    for batch in batches:
+        tokens = sum(len(prompts[i]) + sum(len(completions[i][j]) for j in js) for i, js in batch)
+        assert tokens <= budget or (len(batch) == 1 and len(batch[0][1]) == 1)
+    whole = [i for i, cs in enumerate(completions)
+             if cs and len(prompts[i]) + sum(map(len, cs)) <= budget]
+    assert all(sum(i == k for batch in batches for k, _ in batch) == 1 for i in whole)

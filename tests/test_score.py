@@ -10,10 +10,10 @@ from datasets import load_dataset
 from vcb_nb.artifacts import InputError
 from vcb_nb.data import candidates_to_pairs, load_candidates, train_tokenizer
 from vcb_nb.losses import reward_sigma
-from vcb_nb.models import load_reward_model, new_policy, new_reward_model, reward_scores, save_model
+from vcb_nb.models import load_reward_model, new_policy, new_reward_model, save_model
 from vcb_nb.sample import SampleConfig, sample
 from vcb_nb.score import (ScoreConfig, encode_rows, is_function, load_function, load_judge,
-                          reward_statistics, same_tokenizer, score, score_rows)
+                          reward_scores, reward_statistics, same_tokenizer, score, score_rows)
 from vcb_nb.shards import list_parts
 
 ROOT = Path(__file__).parents[1]

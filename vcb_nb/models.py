@@ -9,7 +9,7 @@ __all__ = ['DTYPES', 'SMALL', 'SPECIAL_IDS', 'pick_device', 'as_dtype', 'disable
            'model_folder', 'load_policy', 'spare_token', 'load_tokenizer', 'separate_padding', 'match_tokenizer',
            'add_lora', 'save_model', 'unwrap', 'accepts', 'evaluating', 'token_batches', 'pad_rows', 'context_length',
            'check_context', 'check_candidates', 'candidate_rows', 'row_name', 'regroup', 'new_reward_model',
-           'load_reward_model', 'reward_scores']
+           'load_reward_model', 'padding_id', 'check_endings', 'row_scores']
 
 # %% ../nbs/pipeline/04_models.ipynb #ba114834
 import copy, inspect, os, re
@@ -508,29 +508,27 @@ def load_reward_model(path, # folder or Hub name
     return model if device is None else model.to(pick_device(str(device)))
 
 # %% ../nbs/pipeline/04_models.ipynb #86c270b3
-def reward_scores(model, # of `new_reward_model` or `load_reward_model`
-                  prompt_ids:list, # [prompts] lists of token ids
-                  completion_ids:list, # [prompts][candidates] token ids, EOS where finished
-                  batch_tokens:int=16384, # most tokens in a batch, padding included
-                 )->list: # [prompts][candidates] floats
-    "Score every candidate at its last token. Give the endings that the model was trained on."
-    check_candidates(prompt_ids, completion_ids)
-    rows = [[*p, *c] for p, c in candidate_rows(prompt_ids, completion_ids)]
-    pad_id = unwrap(model).config.get_text_config().pad_token_id
-    lengths, scores = [len(row) for row in rows], {}
-    check_context(model, lengths, lambda i: row_name(i, completion_ids))
-    for i, row in enumerate(rows):
-        if row[-1] == pad_id:
-            raise InputError(f"{row_name(i, completion_ids)} ends with the padding id {pad_id}, "
-                             "which the model skips. Remove that token.")
-    with evaluating(model):
-        for batch in token_batches(lengths, batch_tokens):
-            scores.update(zip(batch, _score_rows(model, [rows[i] for i in batch], pad_id)))
-    return regroup([scores[i] for i in range(len(rows))], completion_ids)
+def padding_id(model)->"int | None":
+    "The id that a reward model skips when it looks for the last token."
+    return unwrap(model).config.get_text_config().pad_token_id
 
-def _score_rows(model, rows:list, pad_id:int)->list:
-    "Scores of one batch of rows."
-    device = next(model.parameters()).device
-    ids, mask = (x.to(device) for x in pad_rows(rows, pad_id))
+def check_endings(model, completion_ids:list)->None:
+    "Refuse a completion whose last token a reward model would take for padding."
+    pad_id = padding_id(model)
+    for i, completions in enumerate(completion_ids):
+        for j, completion in enumerate(completions):
+            if completion and completion[-1] == pad_id:
+                raise InputError(f"Completion {j} of prompt {i} ends with the padding id {pad_id}, "
+                                 "which the model skips. Remove that token.")
+
+def row_scores(model, # of `new_reward_model` or `load_reward_model`
+               prompt_ids:list, # [prompts] lists of token ids
+               completion_ids:list, # [prompts][candidates] token ids, EOS where finished
+              )->torch.Tensor: # [rows]; row r is the r-th of `candidate_rows`
+    "Score every candidate at its last token, as one batch of padded rows."
+    check_candidates(prompt_ids, completion_ids)
+    check_endings(model, completion_ids)
+    rows, device = candidate_rows(prompt_ids, completion_ids), next(model.parameters()).device
+    ids, mask = (x.to(device) for x in pad_rows([[*p, *c] for p, c in rows], padding_id(model)))
     options = {"use_cache": False} if accepts(model, "use_cache") else {}
-    return model(input_ids=ids, attention_mask=mask, **options).logits[:, 0].double().tolist()
+    return model(input_ids=ids, attention_mask=mask, **options).logits[:, 0]
