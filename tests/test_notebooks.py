@@ -51,7 +51,8 @@ def test_notebook(path, wheel, shared, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_has_its_form(path):
-    "A title, a summary, a Colab badge, stored outputs without errors, and no stored widget state."
+    """A title, a summary, a Colab badge, stored outputs without errors, and no stored widget state;
+    what is for Colab only was not run here."""
     notebook = nbformat.read(path, 4)
     text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
     assert text.lstrip().startswith("# ") and "\n> " in text
@@ -60,6 +61,7 @@ def test_notebook_has_its_form(path):
     outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
     assert (not [o for o in outputs if o.output_type == "error"]
             and "widgets" not in notebook.metadata)
+    assert not any(c.outputs for c in notebook.cells if c.cell_type == "code" and skipped(c))
 
 
 def test_library_is_what_the_notebooks_export(tmp_path):

@@ -348,7 +348,7 @@ def packed_scores(model, # reward model of `enable_packing`
 # %% ../nbs/pipeline/21_packing.ipynb #27e81dfe
 def packed_batches(prompt_ids:list, # [prompts]
                    completion_ids:list, # [prompts][candidates]
-                   batch_tokens:int, # most tokens in a batch; a longer candidate is alone in its own
+                   batch_tokens:int, # most in a batch; a longer candidate is alone in its own
                   )->list: # batches: lists of (prompt, its candidates), both as numbers
     "Cut candidates into batches of whole groups, in their order."
     batches, room = [], 0
