@@ -45,7 +45,8 @@ def test_imports_point_down(name):
     outside, ours = imports(name)
     up = {m for m in ours if RANK[m] >= RANK[name]}
     assert not up, f"{name} imports {up}, which stand beside or above it"
-    assert not outside & {"nbdev", "fastcore", "trl", "IPython", "vllm"}
+    assert not outside & {"nbdev", "fastcore", "trl", "IPython"}
+    if name != "sample": assert "vllm" not in outside, "vLLM is one backend of `sample`"
     if name in TORCH_ONLY: assert outside <= TORCH_ONLY[name]
     if RANK[name] < RANK["recipes"]:
         assert not (ours & TRAINERS), "stages meet in files, not in trainers"
@@ -76,8 +77,9 @@ def test_losses_import_is_light():
 
 
 def test_library_imports_without_nbdev():
-    "A user's machine has no nbdev and no TRL: every module imports where both are blocked."
+    """A user's machine has no nbdev, no TRL and no vLLM: every module imports where they are
+    blocked."""
     code = ("import sys, importlib\n"
-            "for name in ('nbdev', 'fastcore', 'trl', 'execnb'): sys.modules[name] = None\n"
+            "for name in ('nbdev', 'fastcore', 'trl', 'execnb', 'vllm'): sys.modules[name] = None\n"
             f"for name in {MODULES!r}: importlib.import_module('vcb_nb.' + name)")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

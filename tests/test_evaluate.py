@@ -154,7 +154,7 @@ def test_kl_of_samples_drawn_by_the_library(enumerable):
     from vcb_nb.sample import sample_candidates
     models, responses, (p, q) = enumerable
     tokenizer = SimpleNamespace(eos_token_id=0, pad_token_id=0)
-    ids, _ = sample_candidates(models[0], tokenizer, [[1, 2]]*250, n=4, max_new_tokens=3,
+    ids, *_ = sample_candidates(models[0], tokenizer, [[1, 2]]*250, n=4, max_new_tokens=3,
                                batch_size=50)
     place = {tuple(r): i for i, r in enumerate(responses)}
     drawn = np.array([[place[tuple(c)] for c in group] for group in ids])

@@ -1,18 +1,22 @@
 """Sampling equals plain `generate` token for token and in distribution, and leaves the same bytes
 however the work is split."""
 import json, os, signal, subprocess, sys, time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.data import load_candidates
-from vcb_nb.models import new_policy, save_model
-from vcb_nb.sample import (SampleConfig, draw_tokens, sample, sample_candidates, sampling_probs,
-                           uniform_draws)
+from vcb_nb.logprobs import collate_candidates, sequence_logps
+from vcb_nb.models import add_lora, load_policy, new_policy, save_model
+from vcb_nb.sample import (SampleConfig, decode, draw_tokens, sample, sample_candidates,
+                           sample_seed, sampling_probs, uniform_draws)
 from vcb_nb.shards import list_parts
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +78,8 @@ def test_greedy_equals_generate(tiny_tokenizer, architecture):
     model = tiny(tiny_tokenizer, architecture, **extra)
     prompts = [tiny_tokenizer.encode(p) for p in PROMPTS]
     assert len({len(p) for p in prompts}) > 3
-    ours, _ = sample_candidates(model, tiny_tokenizer, prompts, 1, temperature=0, max_new_tokens=16)
+    ours, *_ = sample_candidates(model, tiny_tokenizer, prompts, 1, temperature=0,
+                                 max_new_tokens=16)
     want = [[generate_greedily(model, tiny_tokenizer, p, 16)] for p in prompts]
     assert ours == want
 
@@ -83,16 +88,17 @@ def test_greedy_equals_generate(tiny_tokenizer, architecture):
 def test_the_limits_of_sampling_are_greedy(tiny_tokenizer, sampling):
     model, prompts = tiny(tiny_tokenizer), [tiny_tokenizer.encode(p) for p in PROMPTS]
     draw = partial(sample_candidates, model, tiny_tokenizer, prompts, max_new_tokens=12)
-    greedy, _ = draw(1, temperature=0)
-    ours, _ = draw(3, **sampling)
+    greedy, *_ = draw(1, temperature=0)
+    ours, *_ = draw(3, **sampling)
     assert ours == [c * 3 for c in greedy]
 
 
 def test_finished_rows_leave_and_the_rest_go_on(tiny_tokenizer):
     "Rows that end at different steps: each is what the same draws give without cache and batch."
     model, prompts = tiny(tiny_tokenizer), [tiny_tokenizer.encode(p) for p in PROMPTS]
-    with torch.no_grad(): model.get_output_embeddings().weight[tiny_tokenizer.eos_token_id].mul_(2)
-    ids, reasons = sample_candidates(model, tiny_tokenizer, prompts, 4, max_new_tokens=16, seed=3)
+    model = ending(model)
+    ids, reasons, _ = sample_candidates(model, tiny_tokenizer, prompts, 4, max_new_tokens=16,
+                                        seed=3)
     lengths = {len(c) for cs in ids for c in cs}
     assert len(lengths) > 4 and {r for rs in reasons for r in rs} == {"stop", "length"}
     draws = torch.cat([uniform_draws(3, i, 4, 16) for i in range(len(prompts))])
@@ -109,6 +115,78 @@ def replay(model, tokenizer, ids, draws):
         out.append(draw_tokens(logits, u[None]).item())
         if out[-1] == tokenizer.eos_token_id: break
     return out
+
+
+# ---- log-probabilities
+
+def whole_pass(model, prompts, ids):
+    "The oracle: log π(y|x) by one forward pass over prompt and samples, without a cache."
+    with torch.no_grad(): return sequence_logps(model, collate_candidates(prompts, ids))
+
+
+@pytest.mark.parametrize("sampling", [dict(), dict(temperature=.7, top_p=.9), dict(temperature=0)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_logps_are_those_of_a_whole_pass(tiny_tokenizer, sampling, dtype, bound):
+    """The model's own probability of what was drawn, EOS included, in any batch: not that of the
+    tempered, cut or renormalised distribution that it was drawn from."""
+    model, prompts = ending(tiny(tiny_tokenizer)), [tiny_tokenizer.encode(p) for p in PROMPTS]
+    for batch_size in (1, 3, 7):
+        ids, reasons, logps = sample_candidates(
+            model.to(dtype), tiny_tokenizer, prompts, 3, max_new_tokens=16, batch_size=batch_size,
+            **sampling)
+        assert "stop" in sum(reasons, []) or sampling == dict(temperature=0)
+        want = whole_pass(model, prompts, ids)
+        torch.testing.assert_close(torch.tensor(logps, dtype=dtype), want, atol=bound, rtol=0)
+
+
+def ending(model):
+    "The model, saying EOS more often."
+    with torch.no_grad(): model.get_output_embeddings().weight[0].mul_(2)
+    return model
+
+
+def test_the_ban_on_padding_is_not_in_the_logps(tiny_tokenizer):
+    "Where the model would say padding, what is drawn instead is as unlikely as the model has it."
+    model, pad = tiny(tiny_tokenizer), tiny_tokenizer.pad_token_id
+    model.register_forward_hook(lambda m, args, out: (out.logits[..., pad].add_(1e2), out)[1])
+    ids, _, logps = sample_candidates(model, tiny_tokenizer, [[5, 6]], 4, max_new_tokens=6)
+    assert not any(pad in c for c in ids[0]) and max(logps[0]) < -50
+    torch.testing.assert_close(torch.tensor(logps), whole_pass(model, [[5, 6]], ids), atol=1e-3,
+                               rtol=0)
+
+
+def test_logps_of_a_bfloat16_model_are_not_rounded_to_bfloat16(tiny_tokenizer):
+    "Pitfall 5: log-softmax of bf16 logits, and the sum over 40 tokens, in fp32 or better."
+    model, seen = tiny(tiny_tokenizer).bfloat16(), []
+    model.register_forward_hook(lambda m, args, out: seen.append(out.logits[0, -1].double()))
+    (ids, logp), = decode(model, tiny_tokenizer, [[5, 6]], 1, uniform_draws(1, 0, 1, 40))
+    want = sum(z.log_softmax(-1)[i].item() for z, i in zip(seen, ids))
+    assert len(ids) == 40 and logp == pytest.approx(want, abs=1e-4)
+
+
+# ---- bookkeeping
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_prompts_samples_are_its_own(tiny_tokenizer, data):
+    "Whatever the shape of the run, prompt i gets what a run with prompt i alone gives."
+    # float64: two logits within a rounding error of each other would part the two runs.
+    model = ending(tiny(tiny_tokenizer)).double()
+    lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=5), "prompt lengths")
+    n, batch_size, longest = (data.draw(st.integers(1, m), name) for m, name in
+                              ((4, "n"), (6, "batch_size"), (12, "max_new_tokens")))
+    token = st.integers(2, len(tiny_tokenizer) - 1)
+    prompts = [data.draw(st.lists(token, min_size=k, max_size=k)) for k in lengths]
+    draw = partial(sample_candidates, model, tiny_tokenizer, max_new_tokens=longest, seed=9)
+    drawn = draw(prompts, n, batch_size=batch_size)
+    eos = tiny_tokenizer.eos_token_id
+    for i, (ids, reasons, logps) in enumerate(zip(*drawn, strict=True)):
+        assert ids == draw([prompts[i]], n, rows=[i]).completion_ids[0]
+        assert len(ids) == len(reasons) == len(logps) == n and max(logps) < 0
+        for c, reason in zip(ids, reasons):
+            assert 1 <= len(c) <= longest and c.count(eos) == (c[-1] == eos)
+            assert reason == ("stop" if c[-1] == eos else "length")
+            assert reason == "stop" or len(c) == longest
 
 
 # ---- the distribution
@@ -146,7 +224,7 @@ def test_first_tokens_follow_the_distribution(tiny_tokenizer, sampling):
     prompts = [tiny_tokenizer.encode(p) for p in PROMPTS[:2]]
     with torch.no_grad(): logits = model(torch.tensor([prompts[0]])).logits[0, -1]
     logits[tiny_tokenizer.pad_token_id] = -torch.inf
-    ids, _ = sample_candidates(model, tiny_tokenizer, prompts, n, max_new_tokens=1, **sampling)
+    ids, *_ = sample_candidates(model, tiny_tokenizer, prompts, n, max_new_tokens=1, **sampling)
     share = torch.tensor([c[0] for c in ids[0]]).bincount(minlength=len(logits)) / n
     q = oracle(logits, **sampling)
     # Tokens expected less than five times are pooled: the normal bound needs a count.
@@ -179,8 +257,8 @@ def test_ends_are_kept_as_sampled(tiny_tokenizer):
     "Pitfall 21: EOS is there exactly where the sample finished; a cut text gets none."
     model, prompts = tiny(tiny_tokenizer), [tiny_tokenizer.encode(p) for p in PROMPTS]
     eos, pad = tiny_tokenizer.eos_token_id, tiny_tokenizer.pad_token_id
-    ids, reasons = sample_candidates(model, tiny_tokenizer, prompts, 40, max_new_tokens=10,
-                                     temperature=3.)
+    ids, reasons, _ = sample_candidates(model, tiny_tokenizer, prompts, 40, max_new_tokens=10,
+                                        temperature=3.)
     flat = [(c, r) for cs, rs in zip(ids, reasons) for c, r in zip(cs, rs)]
     assert all(1 <= len(c) <= 10 and (c.count(eos) == (r == "stop")) for c, r in flat)
     assert all((c[-1] == eos) if r == "stop" else len(c) == 10 for c, r in flat)
@@ -191,7 +269,7 @@ def test_an_immediate_eos_is_a_legal_answer(tiny_tokenizer):
     model = tiny(tiny_tokenizer)
     eos = tiny_tokenizer.eos_token_id
     model.register_forward_hook(lambda m, args, out: (out.logits[..., eos].add_(1e4), out)[1])
-    ids, reasons = sample_candidates(model, tiny_tokenizer, [[5, 6], [7]], 3)
+    ids, reasons, _ = sample_candidates(model, tiny_tokenizer, [[5, 6], [7]], 3)
     assert ids == [[[eos]] * 3] * 2 and reasons == [["stop"] * 3] * 2
 
 
@@ -229,8 +307,8 @@ def test_batches_order_and_n_do_not_matter(tiny_tokenizer):
     model, prompts = tiny(tiny_tokenizer), [tiny_tokenizer.encode(p) for p in PROMPTS]
     def draw(order, n=3, **kw):
         chosen = [prompts[i] for i in order]
-        ids, _ = sample_candidates(model, tiny_tokenizer, chosen, n, rows=order, max_new_tokens=8,
-                                   **kw)
+        ids, *_ = sample_candidates(model, tiny_tokenizer, chosen, n, rows=order, max_new_tokens=8,
+                                    **kw)
         return {i: c for i, c in zip(order, ids)}
     want = draw(list(range(7)))
     assert draw([6, 2, 0, 5, 1, 4, 3], batch_size=2) == want
@@ -289,6 +367,140 @@ def test_killed_midway_then_completed(config, tmp_path):
     assert {name: parts[name] for name in left} == left
 
 
+# ---- vLLM
+
+@dataclass
+class Params:
+    "The fields of vLLM 0.11's SamplingParams that we set; any other name is an error."
+    seed: int
+    temperature: float = 1.
+    top_p: float = 1.
+    top_k: int = 0
+    max_tokens: int = 16
+    logprobs: int | None = None
+    ignore_eos: bool = False
+    stop_token_ids: list | None = None
+    logit_bias: dict | None = None
+    detokenize: bool = True
+
+
+class Engine:
+    "Answers as vLLM 0.11's LLM does, with draws of our own decoding from the real weights."
+    made = []
+    def __init__(self, model, dtype, **options):
+        # Otherwise the scheduler runs beside us, and batches depend on the clock.
+        assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        self.model, self.options, self.requests = load_policy(model, dtype).eval(), options, []
+        Engine.made.append(self)
+
+    def generate(self, prompts, params, use_tqdm=True):
+        self.requests += zip(prompts, params, strict=True)
+        return [SimpleNamespace(outputs=[self.answer(*pair)]) for pair in zip(prompts, params)]
+
+    def answer(self, prompt, p):
+        assert p.ignore_eos and p.logprobs == 0
+        ends = SimpleNamespace(eos_token_id=p.stop_token_ids[0], pad_token_id=min(p.logit_bias))
+        draws = uniform_draws(p.seed, 0, 1, p.max_tokens)
+        (ids, logp), = decode(self.model, ends, [prompt["prompt_token_ids"]], 1, draws,
+                              temperature=p.temperature, top_p=p.top_p, top_k=p.top_k)
+        # The length is looked at first: an EOS as last allowed token counts as 'length'.
+        reason = "length" if len(ids) == p.max_tokens else "stop"
+        return SimpleNamespace(token_ids=tuple(ids), finish_reason=reason, cumulative_logprob=logp)
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    module = ModuleType("vllm")
+    module.LLM, module.SamplingParams = Engine, Params
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    # Set, then unset: what the library sets is undone after the test.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
+    monkeypatch.setattr(Engine, "made", [])
+    return Engine
+
+
+@pytest.fixture
+def through_vllm(config, vllm):
+    return replace(config, backend="vllm", device="auto", temperature=.9, top_p=.95, top_k=200)
+
+
+def test_vllm_rows_are_whole(through_vllm, vllm, tiny_tokenizer, tmp_path):
+    "What is stored is what the engine drew: ids, an end told by the last id, log π(y|x)."
+    policy = save_model(ending(tiny(tiny_tokenizer)), tiny_tokenizer, tmp_path/"policy")
+    summary = sample(replace(through_vllm, policy=str(policy), max_new_tokens=3, n=12, limit=7))
+    rows, (engine,) = list(load_candidates(through_vllm.output_dir)), vllm.made
+    ids, eos = [row["completion_ids"] for row in rows], tiny_tokenizer.eos_token_id
+    assert summary["samples"] == 7 * 12 and 0 < summary["finished_share"] < 1
+    assert any(len(c) == 3 and c[-1] == eos for cs in ids for c in cs)
+    assert [row["finish_reasons"] for row in rows] == [
+        ["stop" if c[-1] == eos else "length" for c in cs] for cs in ids]
+    want = whole_pass(engine.model, [row["prompt_ids"] for row in rows], ids)
+    torch.testing.assert_close(torch.tensor([row["sample_logps"] for row in rows]), want, atol=1e-4,
+                               rtol=0)
+    for row in rows: assert row["prompt_ids"] == tiny_tokenizer.encode(row["prompt"])
+
+
+def test_vllm_is_asked_for_what_the_settings_say(through_vllm, vllm, tiny_tokenizer):
+    "One request per sample, prompt by prompt, each with the seed of its place in the whole run."
+    sample(through_vllm)
+    (engine,), longest = vllm.made, max(len(tiny_tokenizer.encode(f"{p} 0")) for p in PROMPTS)
+    assert engine.options == dict(max_model_len=longest + 12, enable_prefix_caching=True,
+                                  logprobs_mode="raw_logprobs")
+    want = Params(0, .9, .95, 200, 12, 0, True, [tiny_tokenizer.eos_token_id],
+                  {tiny_tokenizer.pad_token_id: -100.}, False)
+    rows = load_candidates(through_vllm.output_dir)["prompt_ids"][:]
+    assert engine.requests == [({"prompt_token_ids": ids}, replace(want, seed=sample_seed(0, i, j)))
+                               for i, ids in enumerate(rows) for j in range(4)]
+
+
+def test_vllm_parts_do_not_depend_on_who_makes_them(through_vllm, vllm, tmp_path, monkeypatch):
+    "Pitfall 26: two ranks, or a run that was cut off, leave the bytes that one run leaves."
+    sample(through_vllm)
+    other = replace(through_vllm, output_dir=str(tmp_path/"other"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "10": monkeypatch.setenv("RANK", rank), sample(other)
+    assert contents(other.output_dir) == contents(through_vllm.output_dir)
+    ids = load_candidates(other.output_dir)["completion_ids"]
+    assert len({tuple(c) for cs in ids for c in cs}) == 84
+
+
+def test_seeds_of_samples_differ():
+    seeds = {sample_seed(*place) for place in product(range(3), range(60), range(8))}
+    assert len(seeds) == 3 * 60 * 8 and 0 <= min(seeds) and max(seeds) < 2**63
+    assert sample_seed(1, 2, 3) == sample_seed(1, 2, 3) != sample_seed(3, 2, 1)
+
+
+def test_a_sample_that_vllm_broke_off_is_not_stored(through_vllm, vllm, monkeypatch):
+    "An aborted request has neither an EOS nor its full length."
+    whole = vllm.answer
+    def broken(self, prompt, p):
+        out = whole(self, prompt, p)
+        if len(self.requests) > 40: out.token_ids, out.finish_reason = (9, 9), "abort"
+        return out
+    monkeypatch.setattr(vllm, "answer", broken)
+    with pytest.raises(InputError, match="broke a sample off after 2 tokens .*'abort'"):
+        sample(through_vllm)
+    assert len(list_parts(through_vllm.output_dir, complete=False)) == 2
+
+
+def test_without_vllm_the_extra_is_named(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    with pytest.raises(InputError, match=r"pip install vcb-nb\[vllm\]"):
+        sample(replace(config, backend="vllm", device="auto"))
+
+
+def test_vllm_refuses_an_adapter_and_a_long_prompt_before_it_starts(through_vllm, vllm, tmp_path,
+                                                                    tiny_tokenizer):
+    adapter = save_model(add_lora(load_policy(through_vllm.policy), {"r": 2}), tiny_tokenizer,
+                         tmp_path/"adapter", merge=False)
+    for change, said in ((dict(policy=str(adapter)), "LoRA adapter"),
+                         (dict(max_new_tokens=54), "prompt 1 .* context of 64")):
+        with pytest.raises(InputError, match=said): sample(replace(through_vllm, **change))
+    assert not vllm.made
+
+
 # ---- the stage
 
 def test_rows_and_summary(config, tiny_tokenizer):
@@ -325,14 +537,14 @@ def test_a_second_call_does_nothing(config):
 
 
 OTHER = dict(n=5, seed=1, temperature=.9, top_p=.9, top_k=3, max_new_tokens=9, max_prompt_length=9,
-             limit=9, shard_size=2, dtype="bfloat16")
+             limit=9, shard_size=2, dtype="bfloat16", backend="vllm")
 
 @pytest.mark.parametrize("change", [{k: v} for k, v in OTHER.items()], ids=list(OTHER))
 def test_other_settings_are_refused(config, change):
     "Pitfall 11: a folder with parts of other settings is never gone on with."
     sample(replace(config, limit=4))
     with pytest.raises(InputError, match=next(iter(change))):
-        sample(replace(config, **{"limit": 4, **change}))
+        sample(replace(config, **{"limit": 4, "device": "auto", **change}))
 
 
 def test_other_weights_or_prompts_are_refused(config, tiny_tokenizer, tmp_path):
@@ -359,6 +571,7 @@ def test_long_prompts_lose_their_beginning(config, tiny_tokenizer):
     (dict(temperature=0), "temperature 0"), (dict(temperature=-1.), "temperature is -1"),
     (dict(temperature=float("nan")), "temperature is nan"), (dict(n=0), "n is 0"),
     (dict(top_p=0.), "top_p"), (dict(top_p=1.1), "top_p"), (dict(top_k=-1), "top_k"),
+    (dict(backend="vlm"), "Did you mean 'vllm'"), (dict(backend="vllm"), "device is cpu"),
     (dict(limit=0), "limit"), (dict(shard_size=0), "shard_size"),
     (dict(max_new_tokens=54), r"prompts\.jsonl, prompt 1 \('A small room.* context of 64"),
     (dict(policy="/nowhere/model"), "nowhere"), (dict(prompts="/nowhere/p.jsonl"), "p.jsonl")])

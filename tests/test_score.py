@@ -114,6 +114,19 @@ def test_summary(config):
     json.dumps(summary, allow_nan=False)
 
 
+def test_a_reference_that_did_not_sample_is_told(config, folders, tiny_tokenizer, tmp_path, caplog):
+    "Other weights behind the same tokenizer are legal, and said; bf16 rounding is not."
+    said = "not the policy that sampled"
+    assert score(config)["candidates"] == 35 and said not in caplog.text
+    score(replace(config, output_dir=str(tmp_path/"bf16"), dtype="bfloat16"))
+    assert said not in caplog.text
+    other = tiny(tiny_tokenizer)
+    with torch.no_grad(): other.get_output_embeddings().weight.mul_(6)  # no longer near uniform
+    save_model(other, tiny_tokenizer, tmp_path/"other")
+    score(replace(config, output_dir=str(tmp_path/"out2"), reference=str(tmp_path/"other")))
+    assert caplog.text.count(said) == 1
+
+
 def test_equal_rewards_are_counted(config):
     "Pitfall 22: .1 + .2 has a float residue; the stored σ is exactly 0, the prompts are counted."
     summary = score(replace(config, reward="test_score:same"))

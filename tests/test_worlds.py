@@ -522,7 +522,7 @@ def test_sampler_draws_whole_strings_as_often_as_it_should(neox, temperature):
     (model, _), strings = neox
     tokenizer, place = (SimpleNamespace(eos_token_id=0, pad_token_id=0),
                         {tuple(t): i for i, t in enumerate(strings.tokens())})
-    ids, _ = draw(model, tokenizer, PROMPTS, 6000, max_new_tokens=3, temperature=temperature,
+    ids, *_ = draw(model, tokenizer, PROMPTS, 6000, max_new_tokens=3, temperature=temperature,
                   batch_size=3)
     for prompt, group in zip(PROMPTS, ids):
         counts = torch.tensor([place[tuple(c)] for c in group]).bincount(minlength=len(place))

@@ -29,7 +29,7 @@ COLUMN_TYPES = {
     **dict.fromkeys(("prompt", "completion", "chosen", "rejected", "text"), str),
     **dict.fromkeys(("post", "summary", "article", "highlights", "label"), str),
     **dict.fromkeys(("completions", "responses", "finish_reasons"), [str]),
-    **dict.fromkeys(("rewards", "ref_logps"), [float]),
+    **dict.fromkeys(("rewards", "ref_logps", "sample_logps"), [float]),
     **dict.fromkeys(("margin", "reward_mean", "reward_std"), float),
     "prompt_ids": [int], "completion_ids": [[int]],
 }
@@ -403,7 +403,7 @@ def load_texts(source, # see `load_rows`
                     remove_columns=rows.column_names)
 
 # %% ../nbs/pipeline/02_data.ipynb #062b0887
-PER_CANDIDATE = ("completion_ids", "finish_reasons", "rewards", "ref_logps")
+PER_CANDIDATE = ("completion_ids", "finish_reasons", "sample_logps", "rewards", "ref_logps")
 
 def _check_candidates(row, where, need):
     "A candidate row with `completions`; `InputError` where a list does not fit the others."
