@@ -27,6 +27,13 @@ def wheel(tmp_path_factory):
     return out/"site"
 
 
+@pytest.mark.notebook
+def test_the_wheel_holds_the_library_alone(wheel):
+    "Keeps benchmarks, tests and tools out of the users' site-packages."
+    found = {p.name for p in wheel.iterdir() if p.suffix != ".dist-info"}
+    assert found - {"bin", "__pycache__"} == {"vcb_nb"}
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory): return tmp_path_factory.mktemp("shared")
 

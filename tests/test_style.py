@@ -6,7 +6,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 WIDTH = 100
-FILES = sorted(p for folder in ("vcb_nb", "tests", "tools") for p in (ROOT/folder).glob("*.py")
+FILES = sorted(p for folder in ("vcb_nb", "tests", "tools", "benchmarks")
+               for p in (ROOT/folder).glob("*.py")
                if p.name != "_modidx.py")
 
 

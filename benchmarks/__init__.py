@@ -1,0 +1,1 @@
+"Speed and memory of this package, of the naive way and of TRL, on the same tokens."

@@ -1,0 +1,48 @@
+"The floating-point operations that a calibration step cannot do without."
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from vcb_nb.models import unwrap
+
+
+def trunk_weights(model)->int:
+    "Weights that multiply every token: all linear layers but the vocabulary head."
+    head = unwrap(model).get_output_embeddings()
+    return sum(m.weight.numel() for m in model.modules()
+               if isinstance(m, (nn.Linear, Conv1D)) and m is not head)
+
+
+def attended(prompt:int, # tokens
+             fed:list, # tokens of each response that are fed
+             dense:bool=False, # count what a mask hides as well
+            )->int:
+    "Pairs (query, key): a prompt sees itself, a response its prompt and itself."
+    if dense: return prompt**2 + sum(own * (prompt + own) for own in fed)
+    return prompt * (prompt + 1) // 2 + sum(own * prompt + own * (own + 1) // 2 for own in fed)
+
+
+def needed_flops(model, prompt_ids:list, completion_ids:list,
+                 backward:bool=True, # two products for each one of the forward
+                 whole:bool=False, # the last token of a response is fed too: reward models
+                 dense:bool=False, # attention without causal savings
+                )->int:
+    """The least for the log-probs of n responses to each prompt, each token computed once.
+
+    With W trunk weights, U = Σ (P + Σ_i (T_i - 1)) fed tokens, A pairs (query, key), L layers,
+    attention width a, N = Σ T_i response tokens, d the hidden size and V the vocabulary:
+
+        forward = 2·W·U + 4·L·a·A + 2·N·V·d       (forward + backward = 3 · forward)
+
+    so 6·W·U for the trunk, 12·L·a·A for attention (2 products forward, 4 backward) and three
+    products of the head. Embedding look-ups, norms, softmax and recomputation count nothing.
+    """
+    config, head = unwrap(model).config, unwrap(model).get_output_embeddings()
+    width = config.num_attention_heads * (getattr(config, "head_dim", None) or
+                                          config.hidden_size // config.num_attention_heads)
+    fed = [[len(c) - (not whole) for c in cs] for cs in completion_ids]
+    tokens = sum(map(len, prompt_ids)) + sum(map(sum, fed))
+    pairs = sum(attended(len(p), own, dense) for p, own in zip(prompt_ids, fed))
+    forward = 2 * trunk_weights(model) * tokens + 4 * config.num_hidden_layers * width * pairs
+    if head is not None:
+        forward += 2 * sum(len(c) for cs in completion_ids for c in cs) * head.weight.numel()
+    return forward * (3 if backward else 1)

@@ -1,0 +1,208 @@
+"The benchmarks compare like with like: the same tokens, the same loss, a count that is right."
+import json, statistics
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import common, memory, plot, sampling, scaling, scoring, step
+from benchmarks.flops import needed_flops
+from vcb_nb.artifacts import InputError
+from vcb_nb.logprobs import candidate_logps
+from vcb_nb.models import new_policy
+
+TINY = dict(layers=2, hidden=32, vocab=320, prompt=8, n=2, response="4", rounds=1)
+KEYS = {"way", "seconds", "speedup_vs_naive", "speedup_vs_trl", "share_of_peak", "peak_mb",
+        "bench", "arch", "layers", "hidden", "vocab", "n", "prompt", "response", "dtype", "device",
+        "threads", "malloc", "torch", "transformers", "trl", "date", "machine"}
+
+
+def lines(module, tmp_path, kind=common.Settings, **settings):
+    "What a benchmark writes for a tiny shape."
+    out = tmp_path/"results"/"lines.jsonl"
+    module.measure(kind(**{**TINY, "out": str(out), **settings}))
+    return [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def world():
+    "Two prompts, four responses of uneven length to each."
+    return common.make_world(common.Settings(**{**TINY, "n": 4, "prompts": 2, "response": "3-6"}))
+
+
+def gradients(world):
+    found = [p.grad.clone() for p in world.model.parameters()]
+    world.free()
+    return found
+
+
+# --- the lines --------------------------------------------------------------------------------
+
+CASES = [(step, ["step"] * 4 + ["logps"] * 3, [*step.WAYS, *step.WAYS[1:]], {}),
+         (scoring, ["reference"] * 3 + ["reward"] * 3, scoring.WAYS * 2, {}),
+         (sampling, ["sampling"] * 3, sampling.WAYS, {}),
+         (memory, ["memory"], ["shared"], dict(ways=["shared"]))]
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module, benches, ways, settings", CASES, ids=lambda v: getattr(
+    v, "__name__", None))
+def test_lines_are_whole(module, benches, ways, settings, tmp_path):
+    "Keeps out a figure without its setting, and a way that is silently left out."
+    rows = lines(module, tmp_path, **settings)
+    assert [row["bench"] for row in rows] == benches
+    assert [row["way"] for row in rows] == list(ways)
+    for row in rows:
+        assert KEYS <= set(row)
+        assert row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
+        assert row["peak_mb"] is None or row["peak_mb"] >= 0
+        assert row["share_of_peak"] is None or 0 < row["share_of_peak"] < 1
+        if row["way"] == "naive": assert row["speedup_vs_naive"] == pytest.approx(1)
+        if row["way"] == "trl": assert row["speedup_vs_trl"] == 1
+
+
+def test_scaling_tries_every_size(tmp_path):
+    "Keeps out a size measured with another one's model or data, and a figure without it."
+    rows = lines(scaling, tmp_path, scaling.ScalingSettings,
+                 points=["n=1,2,3", "prompt=8", "response=5", "vocab=330"])
+    points = [row for row in rows if row["bench"] == "scaling"]
+    assert [row[row["axis"]] for row in points] == [
+        str(row["value"]) if row["axis"] == "response" else row["value"] for row in points]
+    assert len(points) == 6 * 3 and all(KEYS <= set(row) for row in rows)
+    assert all(row["unique_tokens"] == row["prompt"] + row["n"] * int(row["response"])
+               for row in points)
+    assert [row["way"] for row in rows if row["bench"] == "scaling_fit"] == [
+        way for way in scaling.WAYS for _ in range(2)]
+    fig = plot.figure(plot.read(tmp_path/"results"/"lines.jsonl"))
+    assert all(ax.get_xlabel() and ax.get_ylabel() for ax in fig.axes) and len(fig.axes) == 8
+    assert all(len(ax.lines) == 3 for ax in fig.axes[:4])
+
+
+# --- like with like -----------------------------------------------------------------------------
+
+def test_trl_gets_the_same_tokens_and_log_probs(world):
+    "Keeps out a peer that is fast because it reads other, fewer or truncated tokens."
+    trainer = step.trl_trainer(world)
+    loss = step.trainer_step(trainer)()
+    world.free()
+    assert loss == pytest.approx(torch.tensor(2.).log().item(), abs=1e-6)
+    data = trainer.train_dataset
+    fed = [(row["prompt_ids"], row[name]) for row in data for name in ("chosen_ids", "rejected_ids")]
+    ours = [(p, c) for p, cs in zip(world.prompt_ids, world.completion_ids) for c in cs]
+    assert sorted(fed) == sorted(ours)
+    with torch.no_grad():
+        logps = candidate_logps(world.model, world.prompt_ids, world.completion_ids, way="rows")
+    pairs = torch.stack([logps, torch.tensor(world.rewards)]).view(2, -1, 2)
+    best = pairs[1].argmax(1, keepdim=True)
+    for name, place in (("chosen", best), ("rejected", 1 - best)):
+        theirs, = trainer._metrics["train"][f"logps/{name}"]
+        assert theirs == pytest.approx(pairs[0].gather(1, place).mean().item(), abs=1e-4)
+
+
+def test_every_way_takes_the_same_step(world):
+    "Keeps out a way that computes another loss, another gradient, or none."
+    losses, grads = zip(*((step.step_call(world, way)(), gradients(world))
+                          for way in ("naive", "rows", "shared")))
+    assert losses[0] == pytest.approx(2, abs=1e-4) and max(losses) - min(losses) < 1e-4
+    assert max(g.abs().max() for g in grads[0]) > 1e-2
+    for other in grads[1:]: torch.testing.assert_close(other, grads[0], rtol=1e-3, atol=1e-4)
+
+
+def test_twins_share_weights_and_nothing_else(world):
+    "Keeps out TRL's changes to a model from the others, and a second copy of the weights."
+    a, b = world.twin(), world.twin()
+    a.forward = a.config.note = None
+    assert "forward" not in vars(b) and not hasattr(b.config, "note")
+    assert all(x is y for x, y in zip(a.parameters(), b.parameters()))
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "gpt_neox", "llama", "qwen3"])
+def test_the_needed_operations_are_those_of_a_profile(arch, tiny_tokenizer):
+    """torch counts what the packed way multiplies: the formula, with attention counted in full.
+
+    Exactly so for GPT-2; the others also multiply positions by rotary frequencies, forward only.
+    """
+    model = new_policy(tiny_tokenizer, arch, hidden_size=64, num_hidden_layers=2).train()
+    prompts, responses = [[5, 6, 7, 8], [9] * 6], [[[4, 5, 0], [7, 0]], [[3] * 5, [6, 6, 0]]]
+    in_place = {torch.ops.aten.addmm_: # torch leaves it out
+                lambda total, left, right, **_: 2 * left[0] * left[1] * right[1]}
+    counter = FlopCounterMode(display=False, custom_mapping=in_place)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        candidate_logps(model, prompts, responses, way="shared").sum().backward()
+    needed = needed_flops(model, prompts, responses, dense=True)
+    size = getattr(model.config, "head_dim", None) or 64 // model.config.num_attention_heads
+    share = getattr(model.config, "rope_parameters", None) or {}
+    turned = 0 if arch == "gpt2" else size * share.get("partial_rotary_factor", 1)
+    assert counter.get_total_flops() - needed == turned * (4 + 2 + 1 + 6 + 4 + 2)
+    assert needed_flops(model, prompts, responses) < needed
+
+
+# --- clock and memory -----------------------------------------------------------------------------
+
+def test_rounds_alternate():
+    "Keeps out blocks of one way, which drift would favour, and a first run that is timed."
+    order, freed = [], []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = common.alternate(calls, common.Settings(**{**TINY, "rounds": 3}),
+                             lambda: freed.append(1))
+    assert {name: len(taken) for name, taken in times.items()} == dict(a=3, b=3, c=3)
+    assert "".join(order)[3:] == "abcbcacab" and len(freed) == 12
+
+
+def test_peak_counts_what_is_given_back_before_the_end():
+    "Keeps out a peak read after the fact, and one that memory kept by the allocator hides."
+    s = common.Settings(**TINY)
+    def call():
+        for _ in range(2): torch.ones(16_000_000)
+    if common.peak_growth(call, s) is None: pytest.skip("this system has no resettable peak")
+    for _ in range(2): assert 63 < common.peak_growth(call, s) < 80
+
+
+def test_malloc_settings_reach_the_allocator(tmp_path, monkeypatch):
+    "Keeps out a 'tuned' that changes nothing: a large block is not fetched from the system again."
+    if not common.platform.libc_ver()[0] == "glibc": pytest.skip("the settings are glibc's")
+    (tmp_path/"probe.py").write_text(
+        "import ctypes, os, resource\n"
+        "c, size = ctypes.CDLL(None), ctypes.c_size_t(80 << 20)\n"
+        "c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]\n"
+        "c.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(2):\n"
+        "    before, block = faults(), c.malloc(size)\n"
+        "    c.memset(block, 1, size); c.free(block)\n"
+        "open('faults', 'a').write(f'{faults() - before}\\n')\n", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    for name in common.TUNED: monkeypatch.delenv(name, raising=False)
+    common.run("probe", None, args=["--malloc", "both"])
+    default, tuned = map(int, (tmp_path/"faults").read_text("utf-8").split())
+    assert default > 10 * (tuned + 1)
+
+
+def test_a_straight_line_is_found():
+    "Oracle: 2 + 3x, with R² 1; two sizes only are no fit."
+    rows = [{"unique_tokens": x, "seconds": 2 + 3 * x} for x in (1, 2, 5)]
+    found = scaling.fit(rows, "unique_tokens")
+    assert [found[k] for k in ("slope", "intercept", "r2")] == pytest.approx([3, 2, 1])
+    assert scaling.fit(rows[:2], "unique_tokens") is None
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(response="9-3"), "response is '9-3'. Give a length"), (dict(n=0), "n is 0. Set it to 1"),
+    (dict(response="long"), "response is 'long'. Give a length")])
+def test_a_shape_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(InputError, match=message): common.Settings(**{**TINY, **settings})
+
+
+def test_wrong_words_on_the_command_line(capsys):
+    "Keeps out a way that is misspelt and so not measured."
+    with pytest.raises(SystemExit, match="ways has 'shard'. .*shared"):
+        common.run("benchmarks.step", lambda s: s.chosen(step.WAYS), args=["--ways", "shard"])
+    odd = common.Settings(**{**TINY, "n": 3})
+    with pytest.raises(InputError, match="n is 3, and TRL takes pairs"):
+        step.pairs_of_texts(common.World(odd, *[None] * 7))
+
+
+def test_uneven_lengths_have_the_mean_of_their_span():
+    s = common.Settings(arch="pythia-160m", response="64-128")
+    assert (s.layers, s.hidden, s.heads, s.vocab) == (12, 768, 12, 50304)
+    assert (min(s.lengths()), max(s.lengths()), statistics.fmean(s.lengths())) == (64, 128, 96)
