@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import HfArgumentParser, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from vcb_nb.artifacts import InputError, did_you_mean
 from vcb_nb.logprobs import score_logps
@@ -66,7 +67,7 @@ class Settings:
         try: low, high = [int(x) for x in self.response.split("-") * 2][:2]
         except ValueError: low = high = 0
         if not 1 <= low <= high:
-            raise InputError(f"response is {self.response!r}. Give a length, or a span like 64-128.")
+            raise InputError(f"response is {self.response!r}. Give a length, or a span: 64-128.")
         return [round(low + (high - low) * i / max(self.n - 1, 1)) for i in range(self.n)]
 
     def chosen(self, ways:tuple)->list:
@@ -77,8 +78,8 @@ class Settings:
 
     def autocast(self):
         "The precision of a forward pass."
-        half = self.dtype in ("bfloat16", "bf16")
-        return torch.autocast(self.device, torch.bfloat16) if half else nullcontext()
+        if as_dtype(self.dtype) is not torch.bfloat16: return nullcontext()
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16)
 
 
 # --- a model and its data -------------------------------------------------------------------
@@ -120,7 +121,7 @@ def make_model(s:Settings, tokenizer):
     sizes = dict(zip(names, (s.layers, s.hidden, s.heads)))
     sizes["max_position_embeddings"] = max(1024, s.prompt + max(s.lengths()))
     model = new_policy(tokenizer, arch, vocab_size=s.vocab, **sizes).to(s.device).train()
-    if s.dtype not in ("bfloat16", "bf16"): model.to(as_dtype(s.dtype))
+    if as_dtype(s.dtype) is not torch.bfloat16: model.to(as_dtype(s.dtype))
     if s.checkpointing: model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
@@ -295,7 +296,8 @@ def current_malloc()->str:
 def run(module:str, measure, kind=Settings, args:"list | None"=None)->None:
     "Read the options; measure here, or in a process of each allocator setting that is wanted."
     args = sys.argv[1:] if args is None else args
-    os.environ["TQDM_DISABLE"] = "1"
+    os.environ["TQDM_DISABLE"] = "1" # TRL's bars
+    disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning) # of transformers, about its own names
     try:
         s, = HfArgumentParser(kind, prog=f"python -m {module}").parse_args_into_dataclasses(args)

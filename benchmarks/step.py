@@ -6,7 +6,7 @@ from vcb_nb.artifacts import InputError
 from vcb_nb.calibrate import CalibrationConfig, CalibrationTrainer
 from vcb_nb.logprobs import candidate_logps
 from vcb_nb.losses import preference_loss
-from vcb_nb.models import candidate_rows, pad_rows
+from vcb_nb.models import as_dtype, candidate_rows, pad_rows
 
 from .common import (EOS, World, alternate, best_rate, emit, make_world, matmul_calls,
                      peak_growth, records, run)
@@ -49,7 +49,7 @@ def trainer_options(world:World, batch:int)->dict:
     "What both trainers are given; the rest are their own defaults."
     s = world.settings
     return dict(output_dir=world.folder.name, per_device_train_batch_size=batch,
-                bf16=s.dtype in ("bfloat16", "bf16"), use_cpu=s.device == "cpu",
+                bf16=as_dtype(s.dtype) is torch.bfloat16, use_cpu=s.device == "cpu",
                 gradient_checkpointing=s.checkpointing,
                 gradient_checkpointing_kwargs={"use_reentrant": False},
                 report_to="none", disable_tqdm=True)
