@@ -247,15 +247,20 @@ def _logps_and_slope(hidden, weight, bias, targets, entropy=False)->tuple:
     and the gradient of the log-probs with respect to the logits, one-hot minus probability
     [tokens, vocabulary], in the precision of the weight."""
     logits = F.linear(hidden, weight, bias)
-    logps = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
-    picked, spread = logps.gather(1, targets[:, None]), entropies(logps) if entropy else None
-    slope = logps.exp_().neg_().scatter_add_(1, targets[:, None], torch.ones_like(picked))
-    return picked[:, 0], spread, slope.to(weight.dtype)
+    if logits.dtype != torch.float64: logits = logits.float()
+    top, place = logits.max(-1, keepdim=True)
+    probs = logits.softmax(-1)
+    # The largest probability is never small, so its logarithm gives the log of the sum at full
+    # precision, and the chunk is passed over once less than log_softmax and exp would do.
+    logps = logits.gather(1, targets[:, None]) - top + probs.gather(1, place).log()
+    spread = entropies(probs) if entropy else None
+    slope = probs.neg_().scatter_add_(1, targets[:, None], torch.ones_like(logps))
+    return logps[:, 0], spread, slope.to(weight.dtype)
 
-def entropies(logps:Tensor, # [..., vocabulary] log-probabilities, nats
+def entropies(probs:Tensor, # [..., vocabulary] probabilities
              )->Tensor: # [...] nats
-    "Entropy of each next-token distribution, without gradient."
-    with torch.no_grad(): return torch.special.entr(logps.exp()).sum(-1)
+    "Entropy of each next-token distribution."
+    return torch.special.entr(probs).sum(-1)
 
 def _add_product(total, left, right):
     "total += left @ right, without a temporary where the precision is the same."
@@ -327,7 +332,7 @@ def logps_of_logits(logits:Tensor, # [tokens, vocabulary]
     "Log-probability of each target, and entropies, from logits that exist; fp32 (or float64)."
     if logits.dtype != torch.float64: logits = logits.float()
     logps = -F.cross_entropy(logits, targets, reduction="none")
-    spread = [entropies(logits.detach().log_softmax(-1))] if entropy else []
+    spread = [entropies(logits.detach().softmax(-1))] if entropy else []
     return torch.stack([logps, *spread], -1)
 
 # %% ../nbs/pipeline/21_packing.ipynb #11b37bbb
