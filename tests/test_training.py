@@ -18,7 +18,8 @@ def checkpoint(folder, step, weights="model.safetensors"):
     path = folder/f"checkpoint-{step}"
     path.mkdir(parents=True)
     save_file({"w": torch.arange(100.)}, path/weights)
-    torch.save({"state": torch.arange(100.)}, path/"optimizer.pt")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"state": torch.arange(100.)}, path/name)
     (path/"trainer_state.json").write_text(json.dumps({"global_step": step}))
     return path
 
@@ -35,6 +36,9 @@ FAULTS = {
     "half the weights": lambda c: cut(c/"model.safetensors"),
     "no optimizer": lambda c: (c/"optimizer.pt").unlink(),
     "half an optimizer": lambda c: cut(c/"optimizer.pt"),
+    "no schedule": lambda c: (c/"scheduler.pt").unlink(),
+    "no random state": lambda c: (c/"rng_state.pth").unlink(),
+    "half a random state": lambda c: cut(c/"rng_state.pth"),
     "a shard missing": lambda c: (c/"model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}'),
 }

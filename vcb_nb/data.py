@@ -20,7 +20,7 @@ import pyarrow as pa
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from .artifacts import InputError, atomic_dir, did_you_mean
+from .artifacts import InputError, atomic_dir, did_you_mean, refuse_altered
 
 _log = logging.getLogger(__name__)
 
@@ -144,7 +144,9 @@ def _file_rows(paths):
         yield from (_text_rows if _kind(path) == "txt" else _json_rows)(path)
 
 def _whole(paths):
-    "The files, if none is absent from a set of shards named `…-00000-of-00012`."
+    """The files, if none is absent from a set of shards named `…-00000-of-00012`,
+    and none differs from its seal."""
+    refuse_altered(paths)
     shards = [re.search(r"^(.*?)(\d+)-of-(\d+)\.", p.name) for p in paths]
     for (name, total), found in Counter((m[1], m[3]) for m in shards if m).items():
         if found != int(total):

@@ -265,7 +265,8 @@ def add_column(tables:list, # of Table
                compute, # (model, Table) → [P][n]
               )->None:
     "Add a column to every table: from its file, or computed with the model loaded once."
-    missing = [t for t in tables if not (t.folder/file).exists()]
+    found = [_stored(t, file) for t in tables]
+    missing = [t for t, values in zip(tables, found) if values is None]
     if missing:
         model = load()
         for t in missing:
@@ -273,6 +274,16 @@ def add_column(tables:list, # of Table
         del model
         _free()
     for t in tables: t.columns[name] = read_json(t.folder/file)
+
+def _stored(table:Table, file:str)->list | None: # [P][n]
+    "A column that was kept, if it fits the table's rows to this day."
+    path = table.folder/file
+    if not path.exists(): return None
+    try: values, sizes = read_json(path), [len(texts) for texts in table.get("completions")]
+    except InputError: values = None
+    if values and list(map(len, values)) == sizes: return values
+    log.warning("%s was cut or changed after it was written, and is made again.", path)
+    return None
 
 def _free()->None:
     "Give the last model's memory back before the next is loaded."

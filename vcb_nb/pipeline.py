@@ -10,11 +10,12 @@ __all__ = ['log', 'STAGES', 'INPUTS', 'COSMETIC', 'Job', 'plan', 'job_inputs', '
 
 # %% ../nbs/pipeline/16_pipeline.ipynb #6ca15ea5
 import dataclasses, importlib.metadata, logging, os, platform, shutil, time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from .artifacts import (PENDING, InputError, changed_outputs, fingerprint, finished_stages,
-                              list_outputs, read_json, read_manifest, run_lock, write_json,
-                              write_manifest)
+from .artifacts import (LOCK, MANIFEST, PENDING, InputError, changed_outputs, fingerprint,
+                              finished_stages, list_outputs, read_json, read_manifest,
+                              remove_leftovers, run_lock, write_json, write_manifest)
 from .recipes import config_class, expand_methods, load_object, load_recipe, save_recipe
 
 log = logging.getLogger(__name__)
@@ -157,11 +158,14 @@ def _differences(old:dict, new:dict)->str:
     return ", ".join(f"{k}: {old.get(k)!r} → {new.get(k)!r}"
                      for k in sorted({*old, *new}) if old.get(k) != new.get(k))
 
+def _books(job:Job)->dict: # None where there are none
+    "The manifest of a finished job, or the key of one under way."
+    pending = job.folder/PENDING
+    return read_manifest(job.folder) or (read_json(pending) if pending.exists() else None)
+
 def job_state(job:Job)->tuple[str, str]: # state, and a remark
     "One of 'new', 'cut off', 'done', 'altered', 'stale', with what to say about it."
-    want = {"settings": job_settings(job), "inputs": job_inputs(job)}
-    found = read_manifest(job.folder)
-    if not found and (job.folder/PENDING).exists(): found = read_json(job.folder/PENDING)
+    want, found = {"settings": job_settings(job), "inputs": job_inputs(job)}, _books(job)
     if not found:
         return ("new", "") if not list_outputs(job.folder) else ("stale", "files of unknown origin")
     if found["key"] != fingerprint(want):
@@ -191,30 +195,43 @@ def _barrier()->bool: # True on the process that keeps the books
     PartialState().wait_for_everyone()
     return PartialState().is_main_process
 
-def _make_room(job:Job, state:str, remark:str, redo:bool)->None:
-    "Clear what stands in the way of a job, or refuse."
+def _refuse(job:Job, remark:str)->None:
+    raise InputError(f"{job.folder} holds work that does not fit this recipe ({remark}). "
+                     "Run again with --redo to replace it, or choose another output_dir.")
+
+def _make_room(job:Job, state:str, remark:str, redo:bool, key:dict)->None:
+    "Clear what stands in the way of a job, or refuse; then open its books."
+    if state == "stale" and not redo: _refuse(job, remark)
     if state == "stale":
-        if not redo:
-            raise InputError(f"{job.folder} holds work that does not fit this recipe ({remark}). "
-                             "Run again with --redo to replace it, or choose another output_dir.")
-        shutil.rmtree(job.folder)
+        for path in job.folder.iterdir(): # the lock stays: who waits for it looks at this file
+            if path.is_dir(): shutil.rmtree(path)
+            elif path.name != LOCK: path.unlink()
+    remove_leftovers(job.folder)
     if state == "altered":
-        manifest = read_manifest(job.folder)
-        for name in changed_outputs(job.folder, manifest): (job.folder/name).unlink(missing_ok=True)
-        (job.folder/"manifest.json").unlink()
+        for name in changed_outputs(job.folder, read_manifest(job.folder)):
+            (job.folder/name).unlink(missing_ok=True)
+    # First the one, then the other: a folder without books would be of unknown origin.
+    write_json(job.folder/PENDING, {"key": fingerprint(key), **key})
+    (job.folder/MANIFEST).unlink(missing_ok=True)
 
 def run_job(job:Job, redo:bool=False, # replace stale work instead of refusing
            )->str: # the state in which it was found
-    "Run, resume or skip one job, and keep its books."
+    "Run, resume or skip one job, and keep its books; no other process may do so meanwhile."
+    first = not int(os.environ.get("RANK", 0))
+    with run_lock(job.folder) if first else nullcontext():
+        try: return _run_job(job, redo)
+        except KeyboardInterrupt as e:
+            e.job = job.name
+            raise
+
+def _run_job(job:Job, redo:bool)->str:
     state, remark = job_state(job)
     main = _barrier()
     log.info("%-24s %s%s", job.name, {"new": "starts", "cut off": "resumes"}.get(state, state),
              remark and f": {remark}")
     if state == "done": return state
     key = {"settings": job_settings(job), "inputs": job_inputs(job)}
-    if main:
-        _make_room(job, state, remark, redo)
-        write_json(job.folder/PENDING, {"key": fingerprint(key), **key})
+    if main: _make_room(job, state, remark, redo, key)
     _barrier()
     start = time.time()
     summary = load_object(STAGES[job.section])(job.config())
@@ -227,6 +244,13 @@ def run_job(job:Job, redo:bool=False, # replace stale work instead of refusing
     return state
 
 # %% ../nbs/pipeline/16_pipeline.ipynb #054ba306
+def _refuse_changed(jobs:list)->None:
+    "Refuse a recipe whose settings differ from those of any job that was begun, before all work."
+    for job in jobs:
+        old, new = (_books(job) or {}).get("settings"), job_settings(job)
+        if old is not None and fingerprint(old) != fingerprint(new):
+            _refuse(job, _differences(old, new))
+
 def run_recipe(recipe:dict, # a checked recipe
                upto:str=None, # stop after this stage
                redo:bool=False, # replace stale work instead of refusing
@@ -240,6 +264,8 @@ def run_recipe(recipe:dict, # a checked recipe
     if not jobs: raise InputError(f"The recipe has no stage '{upto}'; it has {', '.join(names)}.")
     if int(os.environ.get("RANK", 0)): return {job.name: run_job(job, redo) for job in jobs}
     with run_lock(run):
+        if not redo: _refuse_changed(jobs)
+        remove_leftovers(run, deep=False)
         save_recipe(recipe, run/"recipe.yaml")
         return {job.name: run_job(job, redo) for job in jobs}
 

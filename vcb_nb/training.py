@@ -11,7 +11,7 @@ __all__ = ['HARMLESS', 'SHOWN', 'option', 'TrainingDefaults', 'is_complete', 'la
            'write_log', 'read_curve', 'final_loss']
 
 # %% ../nbs/pipeline/06_training.ipynb #c2eaa226
-import copy, json, logging, math, random, shutil, zipfile
+import copy, json, logging, math, os, random, shutil, zipfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -82,8 +82,10 @@ def is_complete(checkpoint, # a folder `checkpoint-<step>` of the Trainer
         if state["global_step"] != int(checkpoint.name.rpartition("-")[2]): return False
         if _is_sharded(checkpoint): return True
         weights = _weights(checkpoint)
-        return (bool(weights) and all(map(_whole_weights, weights))
-                and zipfile.is_zipfile(checkpoint/"optimizer.pt"))
+        rest = [checkpoint/"optimizer.pt", checkpoint/"scheduler.pt"]
+        random_states = list(checkpoint.glob("rng_state*.pth"))
+        return (bool(weights) and all(map(_whole_weights, weights)) and bool(random_states)
+                and all(map(zipfile.is_zipfile, rest + random_states)))
     except (OSError, ValueError, KeyError, TypeError): return False
 
 # %% ../nbs/pipeline/06_training.ipynb #124a98a3
@@ -295,8 +297,12 @@ def run_training(trainer:Trainer, # its `args` come from `checkpoint_args(config
 
 def remove_checkpoints(config:TrainingDefaults)->None:
     "Delete the checkpoints of a finished run, unless they are to be kept."
-    if config.should_save and not config.keep_checkpoints:
-        shutil.rmtree(checkpoint_folder(config), ignore_errors=True)
+    folder = checkpoint_folder(config)
+    if not config.should_save or config.keep_checkpoints or not folder.exists(): return
+    # Gone in one move: a kill while files are deleted would leave half a checkpoint to continue.
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    folder.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/pipeline/06_training.ipynb #3e9116d0
 def write_log(folder, history:list)->None:
