@@ -279,9 +279,10 @@ def _stored(table:Table, file:str)->list | None: # [P][n]
     "A column that was kept, if it fits the table's rows to this day."
     path = table.folder/file
     if not path.exists(): return None
-    try: values, sizes = read_json(path), [len(texts) for texts in table.get("completions")]
-    except InputError: values = None
-    if values and list(map(len, values)) == sizes: return values
+    try:
+        values = read_json(path)
+        if list(map(len, values)) == list(map(len, table.get("completions"))): return values
+    except (InputError, TypeError): pass
     log.warning("%s was cut or changed after it was written, and is made again.", path)
     return None
 

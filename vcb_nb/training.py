@@ -306,9 +306,12 @@ def remove_checkpoints(config:TrainingDefaults)->None:
 
 # %% ../nbs/pipeline/06_training.ipynb #3e9116d0
 def write_log(folder, history:list)->None:
-    "Store the Trainer's log as `training_log.jsonl`; numbers that are not finite become null."
+    """Store the Trainer's log as `training_log.jsonl`; numbers that are not finite become null.
+
+    Its closing row (mean loss, run time) counts the last process only, and so is left out."""
     clean = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
-    rows = [{k: clean(v) for k, v in row.items()} for row in history]
+    rows = [{k: clean(v) for k, v in row.items()} for row in history
+            if "train_runtime" not in row]
     write_jsonl(Path(folder)/"training_log.jsonl", rows)
 
 def read_curve(folder, # the `output_dir` of a stage
