@@ -34,6 +34,7 @@ def child(args, log, file_limit=None, cwd=None):
     for fd in (1, 2): os.dup2(out, fd)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if cwd: os.chdir(cwd)
+    signal.signal(signal.SIGINT, signal.default_int_handler) # ignored below a shell's `&`
     if file_limit: resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     from vcb_nb.cli import main
     sys.argv, status = ["vcb", *args], 1
@@ -194,11 +195,9 @@ def leftovers(run):
             or p.name.endswith((".partial", ".old"))]
 
 
-def tally(machine, folder, kills, seed=0, say=lambda *words: None):
+def tally(machine, folder, reference, seconds, kills, say=print):
     "Kill each job so many times: job → Counter(killed, resumed, identical)."
-    reference, rng, found = folder/"reference", random.Random(seed), {}
-    seconds = undisturbed(machine, reference)
-    found = {job: Counter() for job in seconds}
+    rng, found = random.Random(0), {job: Counter() for job in seconds}
     for number in range(2*kills): # a kill may miss a short job by a hair: the next round makes up
         jobs = [job for job in seconds if found[job]["killed"] < kills]
         if not jobs: break
@@ -225,7 +224,9 @@ def show(found):
 def main(kills):
     "Print the tally; the exit status is 0 if every kill was survived."
     with tempfile.TemporaryDirectory() as folder, Machine() as machine:
-        found = tally(machine, Path(folder), kills, say=partial(print, flush=True))
+        seconds = undisturbed(machine, Path(folder)/"reference")
+        found = tally(machine, Path(folder), Path(folder)/"reference", seconds, kills,
+                      partial(print, flush=True))
     print(show(found))
     return sum(found.values(), Counter())["killed"] != min(
         sum(c[key] for c in found.values()) for key in ("resumed", "identical"))

@@ -397,13 +397,17 @@ def test_second_call_computes_nothing(world, evaluated, monkeypatch):
     assert stamps(out/"samples") == before
 
 
-def test_killed_call_is_continued(world, evaluated, tmp_path):
-    "What is gone is made again, and only that: the numbers come out the same."
+@pytest.mark.parametrize("harm", [
+    lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-9]),
+    lambda p: p.write_text(json.dumps(json.loads(p.read_text())[1:]))],
+    ids=["deleted", "cut", "a row missing"])
+def test_killed_call_is_continued(world, evaluated, tmp_path, harm):
+    "What is gone or harmed is made again, and only that: the numbers come out the same."
     import shutil
     out, summary = evaluated
     shutil.copytree(out, tmp_path/"again")
     column = next((tmp_path/"again"/"samples").glob("vcb*-test-*/gold-*.json"))
-    column.unlink()
+    harm(column)
     (tmp_path/"again"/"summary.json").unlink()
     before = stamps(tmp_path/"again"/"samples")
     again = evaluate(config_of(world, tmp_path/"again"))

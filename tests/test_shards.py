@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from vcb_nb.artifacts import InputError
+from vcb_nb.data import load_rows
 from vcb_nb.shards import (claim_folder, list_parts, make_parts, my_parts, part_path,
                            pending_parts, rank_and_world)
 
@@ -57,6 +58,43 @@ def test_a_mixture_of_two_divisions_is_refused(tmp_path):
     make_parts(tmp_path, 2, lambda i: [{"index": i}])
     make_parts(tmp_path, 3, lambda i: [{"index": i}])
     with pytest.raises(InputError, match="mixes parts of 2 with parts of 3"): list_parts(tmp_path)
+
+
+HARMS = {"deleted": lambda p: p.unlink(),
+         "cut within a line": lambda p: p.write_bytes(p.read_bytes()[:-9]),
+         "a line missing": lambda p: p.write_text(p.read_text().split("\n", 1)[1]),
+         "a digit changed": lambda p: p.write_text(p.read_text().replace("1", "7", 1)),
+         "emptied": lambda p: p.write_text("")}
+
+
+@pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
+def test_a_part_harmed_behind_the_runs_back(tmp_path, harm, caplog):
+    "Readers refuse it by name, and the stage makes that part again, and no other."
+    make = lambda i: [{"row": 2*i + j} for j in (0, 1)]
+    make_parts(tmp_path, 3, make)
+    before = [p.read_bytes() for p in list_parts(tmp_path)]
+    harm(part_path(tmp_path, 0, 3))
+    for read in (list_parts, lambda folder: load_rows(str(folder))):
+        with pytest.raises(InputError, match="part-00000-of-00003|part 0 is missing|2 of 3 shards"):
+            read(tmp_path)
+    assert pending_parts(tmp_path, 3) == [0] and make_parts(tmp_path, 3, make) == 1
+    assert [p.read_bytes() for p in list_parts(tmp_path)] == before
+    said = [r.getMessage() for r in caplog.records if "made again" in r.getMessage()]
+    assert len(said) == (harm is not HARMS["deleted"])
+
+
+def test_a_part_without_a_seal_is_taken_as_it_is(tmp_path):
+    "Parts that a user made or copied without hidden files."
+    (tmp_path/"data").mkdir()
+    part_path(tmp_path, 0, 1).write_text('{"index": 0}\n')
+    assert pending_parts(tmp_path, 1) == [] and len(list_parts(tmp_path)) == 1
+
+
+def test_parts_whose_settings_are_gone_are_not_continued(tmp_path):
+    "Nobody could say whether old and new parts belong together."
+    make_parts(tmp_path, 2, lambda i: [{"index": i}])
+    with pytest.raises(InputError, match="settings.json, which says how they were made, is gone"):
+        claim_folder(tmp_path, {"seed": 0})
 
 
 def test_a_folder_keeps_to_its_settings(tmp_path):

@@ -10,7 +10,7 @@ from transformers import TrainerControl, TrainerState
 from vcb_nb.artifacts import InputError
 from vcb_nb.training import (MetricsProgress, TrainingDefaults, _settings, check_settings,
                              final_loss, held_out_split, is_complete, last_checkpoint, read_curve,
-                             remove_incomplete, write_log)
+                             remove_checkpoints, remove_incomplete, write_log)
 
 
 def checkpoint(folder, step, weights="model.safetensors"):
@@ -52,6 +52,24 @@ def test_half_written_checkpoint_is_passed_over(tmp_path, fault):
     assert not is_complete(broken) and last_checkpoint(tmp_path) == whole
     assert remove_incomplete(tmp_path) == ["checkpoint-10"]
     assert not broken.exists() and is_complete(whole)
+
+
+def test_kill_while_checkpoints_are_deleted(tmp_path, monkeypatch):
+    "What remains of them must not be continued: they go in one move, and then file by file."
+    config = TrainingDefaults(output_dir=str(tmp_path))
+    checkpoint(tmp_path/"checkpoints", 9)
+
+    def killed(*args, **kwargs): raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt): remove_checkpoints(config)
+    assert last_checkpoint(tmp_path/"checkpoints") is None
+
+
+def test_the_log_of_a_resumed_run_has_no_figures_of_its_last_process(tmp_path):
+    "The Trainer's closing row sums the loss since the last start only."
+    write_log(tmp_path, [{"step": 1, "loss": 2.}, {"step": 1, "train_loss": .1, "train_runtime": 1}])
+    assert (tmp_path/"training_log.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
 
 
 def test_no_checkpoint(tmp_path):
