@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test export docs site-preview clean
+.PHONY: demo test test-faults export docs site-preview clean
 
 demo: $(READY)  ## the whole pipeline on the embedded world, ending in a report
 	@$(BIN)/vcb run demo
 
 test: $(READY)  ## every test, every notebook, a file at a time on each of two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-faults: $(READY)  ## kill every stage twenty times and compare with a run left alone
+	$(BIN)/python tests/faults.py 20
 
 export: $(READY)  ## after editing notebooks: library and clean notebooks
 	$(BIN)/nbdev-export && $(BIN)/python tools/strip_widgets.py && $(BIN)/python tools/tidy_cells.py && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py

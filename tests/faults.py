@@ -114,24 +114,25 @@ def undisturbed(machine, folder):
 RUNTIME = re.compile(r"seconds|runtime|per_second|_time$|versions|^outputs$|^html$|^markdown$|^wall")
 
 
-def plain(value, run):
-    "JSON without times, and with the run's own folder called RUN."
+def plain(value, *runs):
+    "JSON without times, and with the folders of these runs called RUN."
     if isinstance(value, dict):
-        return {k: plain(v, run) for k, v in value.items() if not RUNTIME.search(k)}
-    if isinstance(value, list): return [plain(v, run) for v in value]
-    return value.replace(str(run), "RUN") if isinstance(value, str) else value
+        return {k: plain(v, *runs) for k, v in value.items() if not RUNTIME.search(k)}
+    if isinstance(value, list): return [plain(v, *runs) for v in value]
+    if not isinstance(value, str): return value
+    return re.sub("|".join(re.escape(str(run)) for run in runs), "RUN", value)
 
 
-def content(path, run):
+def content(path, *runs):
     "The content of a file as far as it must not depend on kills; it fails where a file is half."
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
         return {name: tensor.tolist() for name, tensor in load_file(path).items()}
-    if path.suffix == ".json": return plain(json.loads(path.read_text("utf-8")), run)
+    if path.suffix == ".json": return plain(json.loads(path.read_text("utf-8")), *runs)
     if path.suffix != ".jsonl": return path.read_bytes()
     lines = path.read_text("utf-8").splitlines(keepends=True)
     assert not lines or lines[-1].endswith("\n"), f"{path} ends within a line"
-    return [plain(json.loads(line), run) for line in lines]
+    return [plain(json.loads(line), *runs) for line in lines]
 
 
 def artefacts(run, job=""):
@@ -145,7 +146,7 @@ def artefacts(run, job=""):
 def differences(run, reference, names):
     "Those of the files that only one run has, or whose content differs."
     return sorted(n for n in names if not (reference/n).exists() or not (run/n).exists()
-                  or content(run/n, run) != content(reference/n, reference))
+                  or content(run/n, run, reference) != content(reference/n, reference))
 
 
 # ---- killing

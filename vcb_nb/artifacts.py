@@ -212,6 +212,7 @@ def disk_refusal(error:BaseException)->str|None: # a sentence; None where the di
         for remedy, words in _REFUSALS.items():
             if isinstance(error, InputError) or not any(w in str(error) for w in words): continue
             name, reason = getattr(error, "filename", None), str(error).splitlines()[0]
+            if "inline_container" in reason: reason = "torch could not write a file to its end"
             return (f"{name}: {error.strerror}" if name else reason.rstrip(".")) + f". {remedy}"
         error = error.__cause__ or error.__context__
     return None

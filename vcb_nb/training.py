@@ -180,15 +180,20 @@ class MetricsProgress(TrainerCallback):
         self.shown.update({SHOWN[k]: f"{v:.4g}" for k, v in (logs or {}).items() if k in SHOWN})
         if self.bar is not None: self.bar.set_postfix(self.shown, refresh=False)
 
-    def on_train_end(self, args, state, control, **kwargs): self.bar.close()
+    def on_train_end(self, args, state, control, **kwargs): self.close()
+
+    def close(self):
+        if self.bar is not None: self.bar.close()
 
 # %% ../nbs/pipeline/06_training.ipynb #00303614
-def _own_progress(trainer:Trainer, desc:str)->None:
+def _own_progress(trainer:Trainer, desc:str)->MetricsProgress:
     "Put `MetricsProgress` where the Trainer's own bar, table or printer was."
     theirs = {"ProgressCallback", "NotebookProgressCallback", "PrinterCallback", "MetricsProgress"}
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in theirs: trainer.remove_callback(callback)
-    trainer.add_callback(MetricsProgress(desc, disable=trainer.args.disable_tqdm))
+    bar = MetricsProgress(desc, disable=trainer.args.disable_tqdm)
+    trainer.add_callback(bar)
+    return bar
 
 # %% ../nbs/pipeline/06_training.ipynb #de26e789
 def checkpoint_folder(config)->Path:
@@ -285,8 +290,10 @@ def run_training(trainer:Trainer, # its `args` come from `checkpoint_args(config
     weights, optimizer, schedule, random state and position in the data: the result equals that of
     an undisturbed run.
     """
-    _own_progress(trainer, desc)
-    with _names_are_settled(): output = _train(trainer, resume_point(trainer, config))
+    bar = _own_progress(trainer, desc)
+    try:
+        with _names_are_settled(): output = _train(trainer, resume_point(trainer, config))
+    finally: bar.close() # what is said of an error begins on a line of its own
     best = trainer.state.best_model_checkpoint if config.load_best_model_at_end else None
     if best and not _is_sharded(Path(best)):
         load_weights(trainer.accelerator.unwrap_model(trainer.model), best)
