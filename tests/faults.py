@@ -49,8 +49,9 @@ class Machine:
     def __enter__(self):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                "PYTHONPATH": os.pathsep.join([str(RECIPE.parents[1]), *sys.path])}
-        self.server = subprocess.Popen([sys.executable, "-W", "ignore", __file__, "serve"], text=True,
-                                       env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        command = [sys.executable, "-W", "ignore", __file__, "serve"]
+        self.server = subprocess.Popen(command, text=True, env=env, stdin=subprocess.PIPE,
+                                       stdout=subprocess.PIPE)
         self.folder = Path(tempfile.mkdtemp(prefix="faults-"))
         self.calls = 0
         return self
@@ -111,7 +112,7 @@ def undisturbed(machine, folder):
 
 # ---- what is the same in two runs
 
-RUNTIME = re.compile(r"seconds|runtime|per_second|_time$|versions|^outputs$|^html$|^markdown$|^wall")
+RUNTIME = re.compile(r"seconds|runtime|per_second|_time$|versions|^outputs$|^html$|^markdown$")
 
 
 def plain(value, *runs):

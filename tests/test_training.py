@@ -68,7 +68,8 @@ def test_kill_while_checkpoints_are_deleted(tmp_path, monkeypatch):
 
 def test_the_log_of_a_resumed_run_has_no_figures_of_its_last_process(tmp_path):
     "The Trainer's closing row sums the loss since the last start only."
-    write_log(tmp_path, [{"step": 1, "loss": 2.}, {"step": 1, "train_loss": .1, "train_runtime": 1}])
+    closing = {"step": 1, "train_loss": .1, "train_runtime": 1}
+    write_log(tmp_path, [{"step": 1, "loss": 2.}, closing])
     assert (tmp_path/"training_log.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
 
 
