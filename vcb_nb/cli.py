@@ -10,7 +10,6 @@ __all__ = ['COMMANDS', 'RUN_HELP', 'parse_options', 'stage_help', 'Stopped', 'ma
 # %% ../nbs/pipeline/17_cli.ipynb #bd88bc2f
 import dataclasses, inspect, logging, os, shlex, signal, sys, typing
 from pathlib import Path
-import yaml
 from . import __version__
 from .artifacts import InputError, did_you_mean, disk_refusal, run_lock
 from .recipes import shipped_recipes
@@ -123,9 +122,9 @@ def _stage_of_recipe(section, recipe_name, options):
 def _stage_alone(section, options):
     "Run one stage from options only."
     from vcb_nb.pipeline import INPUTS, Job, run_job
-    from vcb_nb.recipes import check_section
+    from vcb_nb.recipes import check_section, parse_yaml
     redo = options.pop("redo", None) is not None
-    settings = check_section(section, {k: yaml.safe_load(v) for k, v in options.items()},
+    settings = check_section(section, {k: parse_yaml(v, f"--{k}") for k, v in options.items()},
                              f"vcb {section}")
     folder = settings.pop("output_dir", None)
     if not folder: raise InputError(f"vcb {section} needs --output_dir FOLDER, or a recipe.")

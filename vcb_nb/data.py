@@ -91,11 +91,17 @@ def _lines(path):
                          "Fetch the file again.") from None
 
 # %% ../nbs/pipeline/02_data.ipynb #eadd55ed
+def _json_fault(error):
+    "What `json` found wrong, and in which column."
+    if isinstance(error, RecursionError): return "nested too deep"
+    if isinstance(error, json.JSONDecodeError): return f"{error.msg}, column {error.colno}"
+    return str(error).partition(";")[0]
+
 def _parse(line, where):
     "One row of a JSONL file."
     try: row = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise InputError(f"{where}: not JSON ({e.msg}, column {e.colno}). "
+    except (ValueError, RecursionError) as e: # a number of 5000 digits is a plain ValueError
+        raise InputError(f"{where}: not JSON ({_json_fault(e)}). "
                          "Every line must hold one whole object.") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: a row must be an object with named columns, not {_show(row)}.")
@@ -115,8 +121,9 @@ def _json_rows(path):
             if line.strip(): yield where, _parse(line, where)
         return
     try: rows = json.loads("".join(line for _, line in _lines(path)))
-    except json.JSONDecodeError as e:
-        raise InputError(f"{path}:{e.lineno}: not JSON ({e.msg}). Correct the file.") from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}:{getattr(e, 'lineno', 1)}: not JSON ({_json_fault(e)}). "
+                         "Correct the file.") from None
     for i, row in enumerate(rows):
         where = f"{path}, row {i}"
         yield where, _parse(json.dumps(row), where)
@@ -194,7 +201,10 @@ def _from_hub(name, split):
 
 def _from_disk(folder, split):
     "A folder written by `save_to_disk`."
-    found = load_from_disk(str(folder))
+    try: found = load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as e:
+        raise InputError(f"{folder}: the saved data set cannot be read ({e}). "
+                         "Save it again.") from None
     if isinstance(found, Dataset): return found
     if split in found: return found[split]
     raise InputError(f"{folder} holds the splits {', '.join(found)}. "
@@ -215,7 +225,10 @@ def _locate(source):
                          "Use .jsonl, .json, .txt (all also .gz) or .parquet.")
     files = _folder_files(path, split) if path.is_dir() else [path]
     if _kind(files[0]) != "parquet": return name, files
-    return name, load_dataset("parquet", data_files=list(map(str, files)), split="train")
+    try: return name, load_dataset("parquet", data_files=list(map(str, files)), split="train")
+    except (DatasetGenerationError, pa.ArrowException, OSError, ValueError) as e:
+        raise InputError(f"{name}: the Parquet cannot be read ({e.__cause__ or e}). "
+                         "Fetch or write it again.") from None
 
 def _columns(place):
     "(place of the first row, its columns)."
@@ -420,6 +433,10 @@ def _check_candidates(row, where, need):
     if "completion_ids" in need and not all(row["completion_ids"]):
         raise InputError(f"{where}: completion_ids[{row['completion_ids'].index([])}] is empty. "
                          "Take the candidate out: it has no log-probability.")
+    lists = row["completion_ids"] if "completion_ids" in need else []
+    if "prompt_ids" in need: lists = [row["prompt_ids"], *lists]
+    least = min(map(min, filter(None, lists)), default=0)
+    if least < 0: raise InputError(f"{where}: token id {least}. Ids begin at 0: score it again.")
     return row
 
 # %% ../nbs/pipeline/02_data.ipynb #e2d2bb24

@@ -6,10 +6,10 @@ Docs: https://vcb-nb.github.io/vcb_nb/pipeline/recipes.html.md"""
 
 # %% auto #0
 __all__ = ['SECTIONS', 'load_object', 'config_class', 'coerce', 'check_section', 'expand_methods', 'shipped_recipes',
-           'find_recipe', 'apply_override', 'check_recipe', 'load_recipe', 'save_recipe']
+           'find_recipe', 'parse_yaml', 'apply_override', 'check_recipe', 'load_recipe', 'save_recipe']
 
 # %% ../nbs/pipeline/15_recipes.ipynb #dddfb57a
-import dataclasses, enum, importlib, types, typing
+import dataclasses, enum, importlib, reprlib, types, typing
 from pathlib import Path
 import yaml
 from .artifacts import InputError, atomic_write, did_you_mean
@@ -43,10 +43,11 @@ _NEEDED = {float: "a number", int: "a whole number", bool: "true or false", str:
            list: "a list", dict: "a mapping"}
 
 def _number(value):
-    "`value` as float, also from a text such as '1e-3'; None where it is no number."
+    "`value` as float, also from a text such as '1e-3'; None where it is no number, or NaN."
     if isinstance(value, bool): return None
-    try: return float(value) if isinstance(value, (int, float, str)) else None
-    except ValueError: return None
+    try: number = float(value) if isinstance(value, (int, float, str)) else None
+    except (ValueError, OverflowError): return None
+    return None if number != number else number
 
 def _whole(value):
     number = _number(value)
@@ -69,9 +70,13 @@ def coerce(value, hint, # a type annotation
     if isinstance(kind, type) and issubclass(kind, enum.Enum): kind = str
     if kind not in _NEEDED: return value
     fitted = _simple(value, kind)
-    if fitted is None: raise InputError(f"{key} is {value!r}, but {_NEEDED[kind]} is needed.")
+    if fitted is None:
+        raise InputError(f"{key} is {reprlib.repr(value)}, but {_NEEDED[kind]} is needed.")
     if kind is list and args:
         return [coerce(v, args[0], f"{key}[{i}]") for i, v in enumerate(fitted)]
+    if kind is dict and args:
+        return {coerce(k, args[0], f"A name in {key}"): coerce(v, args[1], f"{key}.{k}")
+                for k, v in fitted.items()}
     return fitted
 
 def _coerce_union(value, hints, key:str):
@@ -105,31 +110,32 @@ def expand_methods(calibrate:dict, # the calibrate section
                    where:str="recipe",
                   )->dict: # run name → settings of one calibration
     "One entry for each method and each value of its sweep."
-    shared = {k: v for k, v in calibrate.items() if k != "methods"}
+    key = f"{where}: calibrate.methods"
+    shared = check_section("calibrate", {k: v for k, v in calibrate.items() if k != "methods"},
+                           where)
     methods = calibrate.get("methods") or {shared.get("loss", "vcb"): {}}
     if not isinstance(methods, dict):
-        raise InputError(f"{where}: calibrate.methods must map a name to settings.")
+        raise InputError(f"{key} must map a name to settings.")
     runs = {}
     for name, own in methods.items():
-        own = dict(own or {})
-        sweep = own.pop("sweep", None)
-        settings = {**shared, "loss": name, **own}
-        for suffix, params in _sweep_points(name, sweep, where):
+        name, own = coerce(name, str, f"A name in {key}"), coerce(own or {}, dict, f"{key}.{name}")
+        points = _sweep_points(own.get("sweep"), f"{key}.{name}.sweep")
+        own = check_section("calibrate", {k: v for k, v in own.items() if k != "sweep"}, where)
+        for suffix, params in points:
             params = {**(shared.get("loss_params") or {}), **(own.get("loss_params") or {}),
                       **params}
-            runs[name + suffix] = check_section("calibrate", {**settings, "loss_params": params},
-                                                where)
+            runs[name + suffix] = {**shared, "loss": name, **own, "loss_params": params}
     return runs
 
-def _sweep_points(name:str, sweep, where:str)->list:
+def _sweep_points(sweep, key:str)->list:
     "Pairs (suffix of the run's name, loss parameters), one for each value of the sweep."
-    if not sweep: return [("", {})]
+    if sweep is None: return [("", {})]
     if (not isinstance(sweep, dict) or len(sweep) != 1
-            or not all(isinstance(v, list) for v in sweep.values())):
-        raise InputError(f"{where}: calibrate.methods.{name}.sweep must map one loss parameter "
-                         "to a list of values.")
+            or not all(v and isinstance(v, list) for v in sweep.values())):
+        raise InputError(f"{key} must map one loss parameter to a list of values.")
     (param, values), = sweep.items()
-    return [(f"-{param}{value:g}", {param: float(value)}) for value in values]
+    values = [coerce(v, float, f"{key}.{param}[{i}]") for i, v in enumerate(values)]
+    return [(f"-{param}{value:g}", {param: value}) for value in values]
 
 # %% ../nbs/pipeline/15_recipes.ipynb #6aec48d9
 _HERE = Path(__file__).parent if "__file__" in globals() else Path()
@@ -148,11 +154,34 @@ def find_recipe(name:str, # a file, or the name of a recipe that comes with the 
     if name in shipped: return shipped[name]
     raise InputError(f"There is no recipe file '{name}'. {did_you_mean(name, shipped)}")
 
+def _check_keys(tree, where:str)->None:
+    "Refuse a key that is given twice: YAML would keep the last and drop the first silently."
+    todo, seen = [tree], set()
+    while todo:
+        node = todo.pop()
+        if id(node) in seen or getattr(node, "id", "scalar") == "scalar": continue
+        seen.add(id(node)) # an alias leads back to a node
+        if node.id == "sequence": todo += node.value
+        else:
+            keys = [key.value for key, _ in node.value if key.id == "scalar"]
+            twice = next((key for key in keys if keys.count(key) > 1), None)
+            if twice is not None: raise InputError(f"{where}: '{twice}' is given twice. Join them.")
+            todo += [value for _, value in node.value]
+
+def parse_yaml(text:str, where:str):
+    "What a YAML text holds; `InputError` says where and why it is none."
+    try:
+        _check_keys(yaml.compose(text), where)
+        return yaml.safe_load(text)
+    except InputError: raise
+    except (yaml.YAMLError, ValueError, RecursionError) as e: # ValueError: the 99th of a month
+        raise InputError(f"{where}: not YAML ({' '.join(str(e).split())}). Mend it.") from None
+
 def _read_yaml(path:Path)->dict:
-    try: content = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise InputError(
-            f"{path}: not YAML ({' '.join(str(e).split())}). Mend that line.") from None
+    try: content = parse_yaml(path.read_text("utf-8"), str(path))
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: byte 0x{e.object[e.start]:02x} at position {e.start + 1} is not "
+                         "UTF-8. Save the file as UTF-8.") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no settings. A recipe maps sections to settings.")
     return content
@@ -164,10 +193,11 @@ def apply_override(recipe:dict,
     "Set one field of a recipe in place."
     *path, last = key.split(".")
     for part in path:
-        recipe = recipe.setdefault(part, {})
+        if recipe.get(part) is None: recipe[part] = {} # `score:` with nothing behind it
+        recipe = recipe[part]
         if not isinstance(recipe, dict):
             raise InputError(f"--{key}: '{part}' has no fields to set.")
-    recipe[last] = yaml.safe_load(value) if isinstance(value, str) else value
+    recipe[last] = parse_yaml(value, f"--{key}") if isinstance(value, str) else value
     return recipe
 
 # %% ../nbs/pipeline/15_recipes.ipynb #81d95cd5
@@ -182,6 +212,7 @@ def check_recipe(recipe:dict, where:str="recipe")->dict:
             raise InputError(f"{where}: '{key}' is not a section. {did_you_mean(key, valid)}")
         if key in _TOP: checked[key] = coerce(value, _TOP[key], f"{where}: {key}")
         elif key == "calibrate":
+            if not isinstance(value or {}, dict): check_section(key, value, where)
             expand_methods(value or {}, where)
             checked[key] = value or {}
         else: checked[key] = check_section(key, value, where)

@@ -165,7 +165,14 @@ def _short(summary:dict)->str:
         return f"{v:,.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
     plain = {k: v for k, v in summary.items()
              if isinstance(v, (int, float, str)) and not isinstance(v, bool)}
-    return ", ".join(f"{k.replace('_', ' ')} {fmt(v)}" for k, v in plain.items())
+    lines = [f"{k.replace('_', ' ')} {fmt(v)}" for k, v in plain.items()]
+    return ", ".join([*lines, *(f"dropped {fmt(n)} ({why})" for why, n in _dropped(summary))])
+
+def _dropped(summary:dict)->list: # [(reason, count)]
+    "What a stage left out, wherever its summary counts that."
+    found = [(k, v) for k, v in summary.items() if isinstance(v, dict)]
+    own = [(why, n) for k, v in found if k == "dropped" for why, n in v.items() if n]
+    return own + [pair for k, v in found if k != "dropped" for pair in _dropped(v)]
 
 def pipeline_blocks(run:Path, parts:list)->list:
     "What was run, on what, and how long it took."
@@ -284,7 +291,7 @@ def _option(default, help): return field(default=default, metadata={"help": help
 @dataclass
 class ReportConfig:
     "Which run to report, and how."
-    run: str = _option(None, "The run folder.")
+    run: str = field(metadata={"help": "The run folder."})
     output_dir: str = _option(None, "Folder of the report.")
     parts: list[str] | None = _option(
         None, "Stages to report; by default all that the run folder holds.")

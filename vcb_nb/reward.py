@@ -6,8 +6,8 @@ Docs: https://vcb-nb.github.io/vcb_nb/pipeline/reward.html.md"""
 
 # %% auto #0
 __all__ = ['bradley_terry_loss', 'encode_pair', 'collate_pairs', 'split_scores', 'pair_loss', 'wilson_interval',
-           'reliability_table', 'bootstrap_interval', 'reward_metrics', 'RewardConfig', 'reward_datasets',
-           'reward_trainer', 'held_out_report', 'train_reward']
+           'reliability_table', 'bootstrap_interval', 'reward_metrics', 'RewardConfig', 'check_config',
+           'reward_datasets', 'reward_trainer', 'held_out_report', 'train_reward']
 
 # %% ../nbs/pipeline/08_reward.ipynb #e1602070
 from dataclasses import dataclass
@@ -19,11 +19,12 @@ import torch
 from torch.nn import functional as F
 from transformers import Trainer, set_seed
 
-from .artifacts import InputError, write_json
+from .artifacts import InputError, check_least, write_json
 from .data import encode_completion, encode_prompt, load_pairs, load_rows
-from .models import add_lora, load_tokenizer, new_reward_model, pad_rows
-from .training import (TrainingDefaults, checkpoint_args, final_loss, held_out_split, option,
-                             remove_checkpoints, run_training)
+from .models import (add_lora, as_dtype, check_lora, load_tokenizer, new_reward_model,
+                           pad_rows)
+from .training import (TrainingDefaults, check_share, checkpoint_args, final_loss,
+                             held_out_split, option, remove_checkpoints, run_training)
 
 # %% ../nbs/pipeline/08_reward.ipynb #9e90d8fd
 def bradley_terry_loss(chosen, # [pairs] rewards of the preferred completions
@@ -149,8 +150,12 @@ class RewardConfig(TrainingDefaults):
     warmup_steps: float = option(.05, "Warm-up: a share of all steps if below 1.")
 
 # %% ../nbs/pipeline/08_reward.ipynb #a92ad0bc
-def _check(config:RewardConfig)->None:
+def check_config(config:RewardConfig)->None:
     "Stop early on what cannot work."
+    check_least(config, max_prompt_length=1, max_length=2, n_bins=1, center_rewards_coefficient=0)
+    check_share(config.eval_share)
+    check_lora(config.peft_config)
+    as_dtype(config.dtype)
     for name in ("model", "pairs"):
         if not getattr(config, name):
             raise InputError(f"{name} is not set. Name the SFT model and the pairs.")
@@ -211,7 +216,7 @@ def held_out_report(trainer:Trainer, config:RewardConfig)->dict: # of `reward_me
 
 def train_reward(config:RewardConfig)->dict: # accuracy, accuracy_interval, ece, brier, …
     "Run the stage. Leaves `output_dir/model` and `evaluation.json`; continues a killed run."
-    _check(config)
+    check_config(config)
     set_seed(config.seed)
     tokenizer = load_tokenizer(str(config.model))
     model = new_reward_model(str(config.model), tokenizer, seed=config.seed, dtype=config.dtype)

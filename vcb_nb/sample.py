@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, DynamicCache
 
-from .artifacts import InputError, Progress, did_you_mean
+from .artifacts import InputError, Progress, check_least, did_you_mean
 from .data import encode_prompt, load_prompts, load_rows
 from .models import (accepts, as_dtype, context_length, evaluating, load_policy,
-                           load_tokenizer, model_folder, pad_rows, unwrap)
+                           load_tokenizer, model_folder, pad_rows, pick_device, unwrap)
 from .shards import (claim_folder, list_parts, make_parts, pending_parts, source_key,
                            wait_for_parts)
 
@@ -287,10 +287,9 @@ def check_config(config:SampleConfig)->None:
     "Raise `InputError` where a setting makes no sense."
     least = dict(n=1, max_prompt_length=1, max_new_tokens=1, batch_size=1, shard_size=1, limit=1,
                  top_k=0, temperature=0, seed=0)
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if value is not None and not bound <= value < math.inf:
-            raise InputError(f"{name} is {value}. Set it to {bound} or more.")
+    check_least(config, **least)
+    pick_device(config.device)
+    as_dtype(config.dtype)
     if not 0 < config.top_p <= 1:
         raise InputError(f"top_p is {config.top_p}. Set it above 0 and to at most 1.")
     if config.backend not in BACKENDS:

@@ -22,10 +22,11 @@ log = logging.getLogger(__name__)
 # %% ../nbs/pipeline/19_shards.ipynb #437e51d4
 def rank_and_world()->tuple: # (this process's number, how many processes share the work)
     "Read `RANK` and `WORLD_SIZE` from the environment; a lone process is (0, 1)."
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if not 0 <= rank < world:
-        raise InputError(f"RANK={rank} and WORLD_SIZE={world}. Set 0 <= RANK < WORLD_SIZE.")
-    return rank, world
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise InputError(f"RANK={rank} and WORLD_SIZE={world}. Set whole numbers with "
+                         "0 <= RANK < WORLD_SIZE.")
+    return int(rank), int(world)
 
 # %% ../nbs/pipeline/19_shards.ipynb #d2f3816a
 def part_path(folder, # a stage's output folder
