@@ -66,7 +66,7 @@ def build_world(folder:Path, tokenizer)->dict: # name → path
                                        for p in PROMPTS * 5])
     for name in ("policy", "stranger"):
         sample(SampleConfig(str(folder/name), str(folder/"prompts.jsonl"),
-                            str(folder/f"{name}_samples"), n=3, max_new_tokens=6, device="cpu"))
+                            str(folder/f"{name}_samples"), n=3, max_new_tokens=16, device="cpu"))
     score(ScoreConfig(str(folder/"policy_samples"), str(folder/"scored"), device="cpu",
                       reward="bad_inputs:length", reference=str(folder/"policy")))
     names = ("policy", "stranger", "judge", "policy_samples", "stranger_samples", "scored")
@@ -172,11 +172,16 @@ def pairs(name, content, *says, file="p.jsonl"):
 
 
 def candidates(name, rows, *says, stage="calibrate", **changes):
-    rows = rows if isinstance(rows, (str, bytes)) else [LIST, *rows]
-    return Case(name, stage, {"candidates": File("c.jsonl", rows), **changes}, ("c.jsonl", *says))
+    return Case(name, stage, {"candidates": File("c.jsonl", rows), **changes}, says)
 
 
-def odd(**changes): return [{**LIST, **changes}]
+def ids(completion_ids, **changes):
+    "A file of one row with token ids; its texts are empty, so that they contradict none."
+    return json.dumps({**LIST, "completions": [""] * 3, "prompt_ids": [4],
+                       "completion_ids": completion_ids, **changes})
+
+
+def second(**changes): return [LIST, {**LIST, **changes}]
 
 
 FILES = [
@@ -190,7 +195,8 @@ FILES = [
     pairs("chat messages for a text", [{**PAIR, "prompt": [{"role": "user", "content": "a"}]}],
           "p.jsonl:1", "chat template"),
     pairs("text for a margin", [{**PAIR, "margin": "big"}], "p.jsonl:1", "margin must be a number"),
-    pairs("infinite margin", GOOD + GOOD[:-2] + ', "margin": Infinity}', "margin"),
+    pairs("infinite margin", [{**PAIR, "margin": 1.}, {**PAIR, "margin": float("inf")}],
+          "p.jsonl:2", "margin is inf"),
     pairs("empty file", "", "no rows"),
     pairs("blank lines only", "\n \n\n", "no rows"),
     pairs("empty gzip", "", "no rows", file="p.jsonl.gz"),
@@ -205,7 +211,6 @@ FILES = [
     pairs("broken array", "[" + GOOD, "p.json:", "not JSON", file="p.json"),
     pairs("not UTF-8", GOOD.encode() + b'{"prompt": "caf\xe9"}\n', "p.jsonl:2", "0xe9", "UTF-8"),
     pairs("UTF-16", GOOD.encode("utf-16"), "p.jsonl:1", "not UTF-8", "Save the file as UTF-8"),
-    pairs("column of two types", [{**PAIR, "note": 1}, {**PAIR, "note": "two"}], "one type"),
     pairs("rows without a preference", [{**PAIR, "rejected": " b"}] * 2,
           "no usable row", "chosen equals rejected: 2"),
     Case("gzip that is none", "reward", {"pairs": lambda world, own: shutil.copy(
@@ -246,52 +251,46 @@ FILES = [
 ]
 
 CANDIDATES = [
-    candidates("candidates without rewards", '{"prompt": "a", "completions": [" b", " c"]}\n',
-               "no column 'rewards'"),
-    candidates("misspelt rewards", '{"prompt": "a", "completions": [" b"], "reward": [1]}\n',
-               "no column 'rewards'", "Did you mean 'reward'?"),
-    candidates("NaN reward", odd(rewards=[1., float("nan"), 2.]), "c.jsonl:2", "rewards[1] is nan"),
-    candidates("infinite reward", odd(rewards=[1., 2., float("-inf")]), "c.jsonl:2",
+    candidates("candidates without rewards", [{"prompt": "a", "completions": [" b"]}],
+               "c.jsonl:1", "no column 'rewards'"),
+    candidates("misspelt rewards", [{"prompt": "a", "completions": [" b"], "reward": [1]}],
+               "c.jsonl:1", "no column 'rewards'", "Did you mean 'reward'?"),
+    candidates("NaN reward", second(rewards=[1., float("nan"), 2.]), "c.jsonl:2", "rewards[1] is nan"),
+    candidates("infinite reward", second(rewards=[1., 2., float("-inf")]), "c.jsonl:2",
                "rewards[2] is -inf"),
-    candidates("reward as text", odd(rewards=["1.0", 2., 3.]), "c.jsonl:2", 'not "1.0"'),
-    candidates("reward null", odd(rewards=[1., None, 3.]), "c.jsonl:2", "rewards[1]", "not null"),
-    candidates("reward true", odd(rewards=[True, 1., 2.]), "c.jsonl:2", "not true"),
-    candidates("one reward for all", odd(rewards=1.), "c.jsonl:2", "must be a list"),
-    candidates("too few rewards", odd(rewards=[1.]), "c.jsonl:2", "1 rewards for 3 completions"),
-    candidates("no completions in a row", odd(completions=[], rewards=[]), "c.jsonl:2",
+    candidates("reward as text", second(rewards=["1.0", 2., 3.]), "c.jsonl:2", 'not "1.0"'),
+    candidates("reward null", second(rewards=[1., None, 3.]), "c.jsonl:2", "rewards[1]", "not null"),
+    candidates("reward true", second(rewards=[True, 1., 2.]), "c.jsonl:2", "not true"),
+    candidates("one reward for all", second(rewards=1.), "c.jsonl:2", "must be a list"),
+    candidates("too few rewards", second(rewards=[1.]), "c.jsonl:2", "1 rewards for 3 completions"),
+    candidates("no completions in a row", second(completions=[], rewards=[]), "c.jsonl:2",
                "no completions", "Take the row out"),
-    candidates("completion that is no text", odd(completions=[" b", 3, " d"]), "c.jsonl:2",
+    candidates("completion that is no text", second(completions=[" b", 3, " d"]), "c.jsonl:2",
                "completions[1]"),
-    candidates("n = 1", [{**LIST, "completions": [" b"], "rewards": [1.]}][:0] or
-               '{"prompt": "a", "completions": [" b"], "rewards": [1.0]}\n' * 3,
+    candidates("n = 1", [{**LIST, "completions": [" b"], "rewards": [1.]}] * 3,
                "two completions", "'single candidate': 3", reference="live"),
     candidates("all rewards equal",
-               '{"prompt": "a", "completions": [" b", " c"], "rewards": [0.1, 0.1]}\n' * 3,
+               [{**LIST, "rewards": [.1 + .2, .3, .3]}] * 3,
                "different rewards", "'no signal': 3", "check the reward", reference="live"),
     candidates("empty completions only",
-               '{"prompt": "a", "completions": ["", ""], "rewards": [1, 2], '
-               '"finish_reasons": ["length", "length"]}\n', "no completion left",
+               [{**LIST, "completions": [""] * 3, "finish_reasons": ["length"] * 3}],
+               "'no completion left': 1",
                reference="live"),
     candidates("empty prompts only",
-               '{"prompt": "", "completions": [" b", " c"], "rewards": [1, 2]}\n',
+               [{**LIST, "prompt": ""}],
                "'empty prompt': 1", reference="live"),
-    candidates("no reference log-probabilities", [], "'ref_logps'", "reference='live'"),
-    candidates("completion beyond the context", odd(completions=[" b", " c" * 200, " d"]),
+    candidates("no reference log-probabilities", [LIST], "'ref_logps'", "reference='live'"),
+    candidates("completion beyond the context", second(completions=[" b", " c" * 200, " d"]),
                "prompt 1", "reads 96", reference="live"),
-    candidates("an empty list of ids", odd(completion_ids=[[5], [], [6]], prompt_ids=[4])[:1]
-               and json.dumps({**LIST, "completion_ids": [[5], [], [6]], "prompt_ids": [4]}),
-               "c.jsonl:1", "completion_ids[1] is empty", stage="score"),
-    candidates("an id that no token has", json.dumps({
-        **LIST, "completion_ids": [[5], [9999], [6]], "prompt_ids": [4]}), "9999",
-        stage="score"),
-    candidates("a negative id", json.dumps({
-        **LIST, "completion_ids": [[5], [-7], [6]], "prompt_ids": [4]}), "-7", stage="score"),
-    candidates("ids as texts", json.dumps({
-        **LIST, "completion_ids": [["5"], [7], [6]], "prompt_ids": [4]}), "c.jsonl:1",
-        "whole number", stage="score"),
-    Case("an id that the policy has not", "calibrate", {"candidates": File("c.jsonl", [{
-        **LIST, "prompt_ids": [4], "completion_ids": [[5], [9999], [6]], "ref_logps": [-1.] * 3}])},
-        ("9999", "policy")),
+    candidates("column of two types", [{**LIST, "note": 1}, {**LIST, "note": "two"}], "c.jsonl", "one type", reference="live"),
+    candidates("an empty list of ids", ids([[5], [], [6]]), "c.jsonl:1",
+               "completion_ids[1] is empty", stage="score"),
+    candidates("ids as texts", ids([["5"], [7], [6]]), "c.jsonl:1", "whole number", stage="score"),
+    candidates("a negative id", ids([[5], [-7], [6]]), "c.jsonl:1", "token id -7", stage="score"),
+    candidates("an id that no token has", ids([[5], [9999], [6]]), "c.jsonl", "token id 9999",
+               "policy that the candidates come from", stage="score"),
+    candidates("an id that the policy has not", ids([[5], [9999], [6]], ref_logps=[-1.] * 3),
+               "token id 9999", "policy that the candidates come from"),
     Case("parts that are missing", "score", {"candidates": lambda world, own: without_part(
         world["policy_samples"], own)}, ("parts", "missing", "goes on where it stopped")),
     Case("no rewards and no judge", "score", {"reward": None},
@@ -337,7 +336,7 @@ MODELS = [
     policy("a tensor is missing", without_tensor("gpt_neox.final_layer_norm.weight"),
            "final_layer_norm", "random"),
     policy("config that is not JSON", rewrite("config.json", "{"), "config.json"),
-    policy("config that is a list", rewrite("config.json", "[]"), "config.json"),
+    policy("config that is a list", rewrite("config.json", "[]"), "must be a mapping"),
     policy("config of no architecture", rewrite("config.json", '{"model_type": "nothing"}'),
            "config.json"),
     policy("no tokenizer", without("tokenizer*"), "no tokenizer"),
@@ -353,12 +352,12 @@ MODELS = [
     judge("no head weights", without_tensor("score.weight"), "score.weight", "random"),
     judge("pickled reward model", pickled, "pickle"),
     Case("candidates of another tokenizer", "score", {"candidates": "{stranger_samples}"},
-         ("stranger_samples", "tokenizer", "policy")),
+         ("stranger_samples", "not of the tokenizer of", "policy")),
     Case("live reference of another tokenizer", "calibrate",
          {"reference": "live", "reference_model": "{stranger}"},
          ("policy", "stranger", "different tokenizers")),
     Case("policy of another tokenizer", "calibrate", {"model": "{stranger}"},
-         ("tokenizer", "Score")),
+         ("scored", "not of the tokenizer of", "stranger", "Give the policy")),
     Case("evaluated policy of another tokenizer", "evaluate", {"policies": {"other": "{stranger}"}},
          ("stranger", "policy", "different tokenizers")),
     Case("diagnosed policy of another tokenizer", "diagnose", {"policy": "{stranger}"},
@@ -374,17 +373,17 @@ def renamed_eos(folder):
 
 
 def value(stage, key, wrong, *says):
-    return Case(f"{stage}.{key} = {wrong}", stage, {key: wrong}, (key.split(".")[0], *says))
+    return Case(f"{stage}.{key} = {wrong}", stage, {key: wrong}, says)
 
 
 VALUES = [
     value("sample", "temperature", 0, "n=3", "Set n to 1"),
     value("sample", "temperature", -1., "0 or more"),
-    value("sample", "temperature", float("nan"), "nan"),
+    value("sample", "temperature", float("nan"), "number"),
     value("sample", "top_p", 0., "above 0"),
     value("sample", "top_k", -1, "0 or more"),
     value("sample", "n", 0, "1 or more"),
-    value("sample", "n", "many", "whole number"),
+    value("sample", "n", "many", "'many'", "number"),
     value("sample", "device", "cuda:7", "CUDA", "cpu"),
     value("sample", "device", "gpu", "no device 'gpu'", "cpu"),
     value("sample", "dtype", "bf17", "Did you mean 'bf16'?"),
@@ -403,20 +402,22 @@ VALUES = [
     value("calibrate", "n_candidates", 1, "at least 2"),
     value("calibrate", "eval_share", 1.5, "below 1"),
     value("calibrate", "learning_rate", -1e-5, "0 or more"),
-    value("calibrate", "learning_rate", float("nan"), "nan"),
+    value("calibrate", "learning_rate", float("nan"), "number"),
     value("calibrate", "per_device_train_batch_size", 0, "1 or more"),
-    value("calibrate", "num_train_epochs", 0, "above 0"),
+    Case("no epoch", "calibrate", {"num_train_epochs": 0, "max_steps": -1},
+         ("num_train_epochs", "above 0")),
     value("calibrate", "gradient_accumulation_steps", 0, "1 or more"),
-    value("calibrate", "lr_scheduler_type", "cosin", "SchedulerType", "cosine"),
-    value("calibrate", "peft_config", {"rank": 8}, "no setting 'rank'"),
+    value("calibrate", "lr_scheduler_type", "cosin", "Did you mean 'cosine'?"),
+    value("calibrate", "peft_config", {"rank": 8}, "'rank'", "rank_pattern"),
     value("calibrate", "peft_config", {"r": 0}, "r"),
     value("calibrate", "peft_config", {"target_modules": ["nowhere"]}, "nowhere"),
     value("calibrate", "max_completion_length", 0, "1 or more"),
     value("sft", "objective", "complete", "Did you mean 'completion'?"),
     value("sft", "max_prompt_length", 64, "leaves no room", "Lower"),
     value("sft", "dtype", "float31", "Did you mean 'float32'?"),
-    value("sft", "fp16", True, "fp16"),
-    value("sft", "eval_strategy", "stepps", "IntervalStrategy"),
+    value("sft", "report_to", "tensorbord", "Did you mean 'tensorboard'?"),
+    value("sft", "optim", "adamw_troch", "Did you mean 'adamw_torch'?"),
+    value("sft", "eval_strategy", "stepps", "Did you mean 'steps'?"),
     Case("misspelt size of a new model", "sft", {"model": None, "tokenizer": "{policy}",
          "model_config": {"hiden_size": 8}}, ("hiden_size", "Did you mean 'hidden_size'?")),
     Case("architecture that nobody knows", "sft", {"model": None, "tokenizer": "{policy}",
@@ -435,12 +436,11 @@ VALUES = [
     value("diagnose", "gamma", 0., "above 0"),
     value("diagnose", "policy", "", "not set"),
     value("report", "run", "nowhere", "no run folder nowhere", "vcb run"),
-    value("report", "run", None, "not set"),
     value("data", "test_share", 1.5, "below 1"),
     value("data", "pairs", [], "'world'", "'pairs'"),
     Case("misspelt size of the world", "data", {"pairs": [], "world": {"piars": 10}},
          ("world", "'piars'", "Did you mean 'pairs'?")),
-    value("data", "test_share", 0., "prompts_test", "empty"),
+    value("data", "test_share", 0., "'pairs_test'", "empty"),
     Case("RANK that is no number", "sample", {}, ("RANK=first",), env={"RANK": "first"}),
     Case("RANK beyond WORLD_SIZE", "sample", {}, ("RANK=4", "WORLD_SIZE=2"),
          env={"RANK": "4", "WORLD_SIZE": "2"}),
@@ -479,7 +479,7 @@ RECIPES = {
     "NaN": ("sft: {learning_rate: .nan}", "sft.learning_rate", "nan"),
     "number without end": ("sample: {n: 1" + "0" * 400 + "}", "sample.n"),
     "date that is none": ("name: 2001-99-99", "YAML"),
-    "nested too deep": ("a: " + "[" * 5000, "my.yaml"),
+    "nested too deep": ("a: " + "[" * 1000, "my.yaml"),
     "nothing to do": ("name: idle", "no stage"),
     "not UTF-8": (b"name: caf\xe9", "UTF-8"),
     "control character": (b"name: a\x00b", "YAML"),
@@ -505,6 +505,6 @@ COMMAND_LINES = {
     "no candidates": (["score", "--output_dir", "{own}/o"], "candidates", "needs"),
     "no output folder": (["score", "--candidates", "{scored}"], "output_dir"),
     "calibrate without anything": (["calibrate", "--output_dir", "{own}/o"], "`model`"),
-    "report without a run": (["report", "--output_dir", "{own}/o"], "run", "not set"),
+    "report without a run": (["report", "--output_dir", "{own}/o"], "report needs run"),
     "field of a field": (["run", "demo", "--sample.n.m", "3"], "n", "no fields"),
 }

@@ -103,7 +103,7 @@ def _parse(line, where):
     except (ValueError, RecursionError) as e: # a number of 5000 digits is a plain ValueError
         raise InputError(f"{where}: not JSON ({_json_fault(e)}). "
                          "Every line must hold one whole object.") from None
-    if not isinstance(row, dict):
+    if not row or not isinstance(row, dict):
         raise InputError(f"{where}: a row must be an object with named columns, not {_show(row)}.")
     if "\\ud" in line.lower():
         try: json.dumps(row, ensure_ascii=False).encode()

@@ -74,17 +74,20 @@ def _defaults(recipe:dict, run:Path)->dict: # section → fields that the recipe
     files, sft, scored = run/"data"/"files", run/"sft"/"model", run/"score"/"data"
     world = (recipe.get("data") or {}).get("world") is not None
     held_out = run/"score_validation"/"data" if "sample" in recipe else None
+    prepared = "data" in recipe or files.is_dir() # else what may be absent is left out
     fields = {
         "tokenizer": dict(data=files/"texts.jsonl"),
         "pretrain": dict(data=files/"texts.jsonl", objective="text"),
         "sft": dict(data=files/"demonstrations.jsonl"),
-        "reward": dict(model=sft, pairs=files/"pairs.jsonl", eval_pairs=files/"pairs_test.jsonl"),
+        "reward": dict(model=sft, pairs=files/"pairs.jsonl",
+                       eval_pairs=files/"pairs_test.jsonl" if prepared else None),
         "sample": dict(policy=sft, prompts=files/"prompts.jsonl"),
         "score": dict(candidates=run/"sample"/"data", reward=run/"reward"/"model", reference=sft),
         "calibrate": dict(model=sft, candidates=scored, eval_candidates=held_out),
         "evaluate": dict(reference=sft, prompts=files/"prompts_test.jsonl",
                          reward=run/"reward"/"model",
-                         ood_prompts=files/"prompts_ood.jsonl", candidates=held_out,
+                         ood_prompts=files/"prompts_ood.jsonl" if prepared else None,
+                         candidates=held_out,
                          gold="vcb_nb.world:gold_reward" if world else None)}
     if "tokenizer" in recipe:
         for section in ("pretrain", "sft"): fields[section]["tokenizer"] = run/"tokenizer"/"model"
@@ -118,6 +121,8 @@ def plan(recipe:dict, # a checked recipe
         jobs.append(_job(recipe, run, "calibrate", f"calibrate/{name}", **settings))
         policies[name], methods[name] = str(run/"calibrate"/name/"model"), _method_of(settings)
     if "evaluate" in recipe:
+        given = recipe["evaluate"].get("policies", policies)
+        methods = {name: m for name, m in methods.items() if name in given}
         jobs.append(_job(recipe, run, "evaluate",
                          **{"policies": policies, "methods": methods, **recipe["evaluate"]}))
     if "report" in recipe:

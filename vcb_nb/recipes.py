@@ -92,6 +92,7 @@ def _coerce_union(value, hints, key:str):
 def check_section(section:str, # name in the recipe
                   values:dict, # key → value
                   where:str="recipe", # file name, for messages
+                  beside:tuple=(), # keys that the section has and the config class has not
                  )->dict: # the same, with values of the right type
     "Check keys and types of one section against its config class."
     if values is None: values = {}
@@ -102,7 +103,7 @@ def check_section(section:str, # name in the recipe
     for key in values:
         if key not in names:
             raise InputError(f"{where}: {section}.{key} is not a setting. "
-                             f"{did_you_mean(key, names)}")
+                             f"{did_you_mean(key, {*names, *beside})}")
     return {k: coerce(v, hints[k], f"{where}: {section}.{k}") for k, v in values.items()}
 
 # %% ../nbs/pipeline/15_recipes.ipynb #4550a470
@@ -111,8 +112,8 @@ def expand_methods(calibrate:dict, # the calibrate section
                   )->dict: # run name → settings of one calibration
     "One entry for each method and each value of its sweep."
     key = f"{where}: calibrate.methods"
-    shared = check_section("calibrate", {k: v for k, v in calibrate.items() if k != "methods"},
-                           where)
+    shared = {k: v for k, v in calibrate.items() if k != "methods"}
+    shared = check_section("calibrate", shared, where, ("methods",))
     methods = calibrate.get("methods") or {shared.get("loss", "vcb"): {}}
     if not isinstance(methods, dict):
         raise InputError(f"{key} must map a name to settings.")
@@ -120,7 +121,8 @@ def expand_methods(calibrate:dict, # the calibrate section
     for name, own in methods.items():
         name, own = coerce(name, str, f"A name in {key}"), coerce(own or {}, dict, f"{key}.{name}")
         points = _sweep_points(own.get("sweep"), f"{key}.{name}.sweep")
-        own = check_section("calibrate", {k: v for k, v in own.items() if k != "sweep"}, where)
+        own = {k: v for k, v in own.items() if k != "sweep"}
+        own = check_section("calibrate", own, where, ("sweep",))
         for suffix, params in points:
             params = {**(shared.get("loss_params") or {}), **(own.get("loss_params") or {}),
                       **params}
