@@ -185,8 +185,9 @@ def test_more_processes_than_rows(world, tmp_path, monkeypatch):
 # ---- what is skipped is counted
 
 LISTS = [("a", [" b", " c c", " d d d"], [1., 2., 3.]), ("two", [" b", " c"], [0., 1.]),
-         ("one", [" b"], [1.]), ("equal", [" b", " c"], [.1 + .2, .3]), ("", [" b", " c"], [1., 2.]),
-         ("empty", ["", " c", " d"], [1., 2., 4.]), ("again", [" b", " b", " c"], [1., 1., 2.])]
+         ("one", [" b"], [1.]), ("equal", [" b", " c"], [.1 + .2, .3]),
+         ("", [" b", " c"], [1., 2.]), ("empty", ["", " c", " d"], [1., 2., 4.]),
+         ("again", [" b", " b", " c"], [1., 1., 2.])]
 
 
 @pytest.fixture(scope="module")

@@ -287,12 +287,12 @@ def run_recipe(recipe:dict, # a checked recipe
               )->dict: # job → the state in which it was found
     "Run or resume a whole recipe."
     run, jobs = Path(recipe["output_dir"]), plan(recipe)
-    names = [job.name for job in jobs]
+    names = {name for job in jobs for name in (job.name, job.section)}
     if upto:
         jobs = jobs[:1 + max((i for i, j in enumerate(jobs)
                               if j.section == upto or j.name == upto), default=-1)]
     if not jobs:
-        raise InputError(f"The recipe has no stage '{upto}'. {did_you_mean(upto, {*names, *(j.section for j in plan(recipe))})}")
+        raise InputError(f"The recipe has no stage '{upto}'. {did_you_mean(upto, names)}")
     if int(os.environ.get("RANK", 0)): return {job.name: run_job(job, redo) for job in jobs}
     with run_lock(run):
         if not redo: _refuse_changed(jobs)
