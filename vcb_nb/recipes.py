@@ -89,6 +89,8 @@ def _coerce_union(value, hints, key:str):
     raise said
 
 # %% ../nbs/pipeline/15_recipes.ipynb #15b1ebfe
+def _short(key)->str: return str(key) if len(str(key)) <= 60 else f"{str(key)[:57]}..."
+
 def check_section(section:str, # name in the recipe
                   values:dict, # key → value
                   where:str="recipe", # file name, for messages
@@ -102,7 +104,7 @@ def check_section(section:str, # name in the recipe
     hints, names = typing.get_type_hints(cls), {f.name for f in dataclasses.fields(cls) if f.init}
     for key in values:
         if key not in names:
-            raise InputError(f"{where}: {section}.{key} is not a setting. "
+            raise InputError(f"{where}: {section}.{_short(key)} is not a setting. "
                              f"{did_you_mean(key, {*names, *beside})}")
     return {k: coerce(v, hints[k], f"{where}: {section}.{k}") for k, v in values.items()}
 
@@ -211,7 +213,8 @@ def check_recipe(recipe:dict, where:str="recipe")->dict:
     checked = {}
     for key, value in recipe.items():
         if key not in valid:
-            raise InputError(f"{where}: '{key}' is not a section. {did_you_mean(key, valid)}")
+            raise InputError(f"{where}: '{_short(key)}' is not a section. "
+                             f"{did_you_mean(key, valid)}")
         if key in _TOP: checked[key] = coerce(value, _TOP[key], f"{where}: {key}")
         elif key == "calibrate":
             if not isinstance(value or {}, dict): check_section(key, value, where)
