@@ -249,7 +249,7 @@ def test_sigma_is_the_prompts_own():
     r = [[0., 1., 2.], [0., 10., 20.]]
     assert sigmas(r)[0].tolist() == [1, 10]
     assert sigmas(r, "dataset")[0] == pytest.approx([((1 + 100)/2)**.5]*2)
-    with pytest.raises(InputError, match="'dataset'"): sigmas(r, "batch")
+    with pytest.raises(InputError, match="'batch'. Valid: dataset"): sigmas(r, "batch")
 
 
 def test_two_candidates_lose_the_values():

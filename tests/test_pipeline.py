@@ -133,7 +133,7 @@ def test_two_runs_in_one_folder_at_once(tmp_path):
 
 
 def test_upto_names_what_there_is(tmp_path):
-    with pytest.raises(InputError, match="no stage 'sft'; it has data, tokenizer"):
+    with pytest.raises(InputError, match="no stage 'sft'. Valid: data, tokenizer"):
         run_recipe(small(tmp_path), upto="sft")
 
 
