@@ -9,6 +9,7 @@ __all__ = ['COMMANDS', 'RUN_HELP', 'parse_options', 'stage_help', 'Stopped', 'ma
 
 # %% ../nbs/pipeline/17_cli.ipynb #bd88bc2f
 import dataclasses, inspect, logging, os, shlex, signal, sys, typing
+from contextlib import nullcontext
 from pathlib import Path
 from . import __version__
 from .artifacts import InputError, did_you_mean, disk_refusal, run_lock
@@ -111,13 +112,14 @@ def _stage_of_recipe(section, recipe_name, options):
     "Run the jobs of one stage of a recipe; its inputs must be there."
     from vcb_nb.pipeline import plan, run_job
     from vcb_nb.recipes import load_recipe
+    from vcb_nb.shards import rank_and_world
     redo = options.pop("redo", None) is not None
     top = {k: options.pop(k) for k in ("output_dir",) if k in options}
     recipe = load_recipe(recipe_name, {**top, **{f"{section}.{k}": v for k, v in options.items()}})
     jobs = [j for j in plan(recipe) if j.section == section]
     if not jobs: raise InputError(f"{recipe_name} has no stage '{section}'.")
-    if int(os.environ.get("RANK", 0)): return [run_job(job, redo) for job in jobs]
-    with run_lock(recipe["output_dir"]): return [run_job(job, redo) for job in jobs]
+    with nullcontext() if rank_and_world()[0] else run_lock(recipe["output_dir"]):
+        return [run_job(job, redo) for job in jobs]
 
 def _stage_alone(section, options):
     "Run one stage from options only."

@@ -18,6 +18,7 @@ from .artifacts import (LOCK, MANIFEST, PENDING, InputError, changed_outputs, di
                               read_manifest, remove_leftovers, run_lock, write_json,
                               write_manifest)
 from .recipes import config_class, expand_methods, load_object, load_recipe, save_recipe
+from .shards import rank_and_world
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +220,7 @@ def _versions()->dict:
 
 def _barrier()->bool: # True on the process that keeps the books
     "Wait for the other processes of a distributed run."
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1: return True
+    if rank_and_world()[1] == 1: return True
     from accelerate import PartialState
     PartialState().wait_for_everyone()
     return PartialState().is_main_process
@@ -247,8 +248,8 @@ def run_job(job:Job, redo:bool=False, # replace stale work instead of refusing
            )->str: # the state in which it was found
     "Run, resume or skip one job, and keep its books; no other process may do so meanwhile."
     config = job.config() # before anything is cleared away
-    first = not int(os.environ.get("RANK", 0))
-    with run_lock(job.folder) if first else nullcontext():
+    rank, _ = rank_and_world()
+    with nullcontext() if rank else run_lock(job.folder):
         try: return _run_job(job, config, redo)
         except KeyboardInterrupt as e:
             e.job = job.name
@@ -293,7 +294,7 @@ def run_recipe(recipe:dict, # a checked recipe
                               if j.section == upto or j.name == upto), default=-1)]
     if not jobs:
         raise InputError(f"The recipe has no stage '{upto}'. {did_you_mean(upto, names)}")
-    if int(os.environ.get("RANK", 0)): return {job.name: run_job(job, redo) for job in jobs}
+    if rank_and_world()[0]: return {job.name: run_job(job, redo) for job in jobs}
     with run_lock(run):
         if not redo: _refuse_changed(jobs)
         remove_leftovers(run, deep=False)
