@@ -145,7 +145,9 @@ def _is_reward_model(base)->bool: return type(base).__name__.endswith("ForSequen
 def _refuse_architecture(base, config)->str:
     "A reason why the model's code does not fit, or ''."
     name = base.config.model_type # of the whole: a text model may sit inside another one
-    known = name in PACKABLE and type(base).__module__.startswith("transformers.")
+    # FSDP puts a class of torch's before the model's own.
+    own = next(c for c in type(base).__mro__ if not c.__module__.startswith("torch."))
+    known = name in PACKABLE and own.__module__.startswith("transformers.")
     if not known or not (_is_reward_model(base) or accepts(base, "logits_to_keep")):
         return f"the architecture {name} is not among those tested with packing"
     if config._attn_implementation not in ("sdpa", PACKED_ATTENTION):
