@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer, set_seed
+from transformers import set_seed
 from .artifacts import InputError, check_least
 from .data import attach_ids, load_candidates
 from .logprobs import WAYS, choose_way, collate_candidates, sequence_logps
@@ -28,9 +28,9 @@ from .models import (add_lora, check_context, check_lora, check_same_tokenizer,
                            check_stored_ids, disable_dropout, load_policy, load_tokenizer,
                            save_model)
 from .packing import pack_candidates
-from .training import (TrainingDefaults, check_choice, check_share, checkpoint_args,
-                             final_evaluation, held_out_split, option, remove_checkpoints,
-                             run_training)
+from .training import (EvenTrainer, TrainingDefaults, check_choice, check_share,
+                             checkpoint_args, final_evaluation, held_out_split, option,
+                             remove_checkpoints, run_training)
 
 # %% ../nbs/pipeline/11_calibrate.ipynb #021a01a6
 logger = logging.getLogger(__name__)
@@ -308,14 +308,14 @@ def record_metrics(record:Tensor, # [prompts, n, 6] of `make_record`
     return {name: float(value) for name, value in metrics.items()}
 
 # %% ../nbs/pipeline/11_calibrate.ipynb #a2f4ec24
-class PromptTrainer(Trainer):
+class PromptTrainer(EvenTrainer):
     """A `Trainer` whose loss is the mean over the prompts of an optimizer step.
 
     A subclass gives `prompt_losses(model, inputs) -> (losses [prompts], record)`, the record
     being that of `make_record`, and `gamma` for `record_metrics`.
     """
     loss_is_scaled_for_ga = True # `compute_loss` divides by the prompts of the whole step
-    gamma = None
+    counted, nothing, gamma = "weight", 0., None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, compute_metrics=self._eval_metrics, **kwargs)
@@ -326,16 +326,8 @@ class PromptTrainer(Trainer):
         "The micro-batches of a step, and the number of their prompts over all processes."
         batches, _ = super().get_batch_samples(*args, **kwargs)
         if not batches: return batches, None
-        self._drop_repeats(batches[-1])
         count = sum(batch["weight"].sum() for batch in batches)
         return batches, self.accelerator.gather(count.to(self.args.device)).sum()
-
-    def _drop_repeats(self, last:dict)->None:
-        "Weight 0 for the rows that accelerate repeats to make the last batch even."
-        state, weight = self.accelerator.gradient_state, last["weight"]
-        if not state.end_of_dataloader or state.remainder <= 0: return
-        place = torch.arange(len(weight), device=weight.device)
-        weight.mul_(self.accelerator.process_index * len(weight) + place < state.remainder)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "Sum over the micro-batch's prompts × processes ÷ prompts of the step: DDP averages."

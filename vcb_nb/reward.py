@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import Trainer, set_seed
+from transformers import set_seed
 
 from .artifacts import InputError, check_least, write_json
 from .data import encode_completion, encode_prompt, load_pairs, load_rows
 from .models import (add_lora, as_dtype, check_lora, load_tokenizer, new_reward_model,
                            pad_rows)
-from .training import (TrainingDefaults, check_share, checkpoint_args, final_loss,
+from .training import (EvenTrainer, TrainingDefaults, check_share, checkpoint_args, final_loss,
                              held_out_split, option, remove_checkpoints, run_training)
 
 # %% ../nbs/pipeline/08_reward.ipynb #9e90d8fd
@@ -70,7 +70,8 @@ def split_scores(logits, # [2 · pairs, 1], or a tuple that starts with it
 def pair_loss(outputs, labels, num_items_in_batch=None, *, center_coefficient:float=0.):
     "A batch's loss as the `Trainer` wants it: its sum, divided by the pairs of the whole step."
     chosen, rejected = split_scores(outputs.logits).unbind(1)
-    loss = bradley_terry_loss(chosen, rejected, labels, center_coefficient)
+    # A pair that is repeated to make the last batch even has the label of `EvenTrainer`.
+    loss = bradley_terry_loss(chosen, rejected, labels, center_coefficient) * (labels != -100)
     return loss.mean() if num_items_in_batch is None else loss.sum() / num_items_in_batch
 
 # %% ../nbs/pipeline/08_reward.ipynb #cc79a7f5
@@ -194,18 +195,18 @@ def _step_metrics(prediction)->dict: # loss, accuracy, margin
     return {"loss": loss.mean().item(), "accuracy": correct.mean().item(),
             "margin": (chosen - rejected).mean().item()}
 
-def reward_trainer(config:RewardConfig, model, tokenizer, train, held_out=None, **kwargs)->Trainer:
-    "A plain `Trainer` with the Bradley–Terry loss."
+def reward_trainer(config:RewardConfig, model, tokenizer, train, held_out=None,
+                   **kwargs)->EvenTrainer:
+    "An `EvenTrainer` with the Bradley–Terry loss."
     loss = partial(pair_loss, center_coefficient=config.center_rewards_coefficient or 0.)
     # The model reads its last token that is not padding, so padding must not be EOS.
     collate = partial(collate_pairs, pad_id=model.config.pad_token_id)
-    return Trainer(model, args=checkpoint_args(config), train_dataset=train, eval_dataset=held_out,
-                   processing_class=tokenizer, data_collator=collate, compute_loss_func=loss,
-                   preprocess_logits_for_metrics=split_scores, compute_metrics=_step_metrics,
-                   **kwargs)
+    return EvenTrainer(model, checkpoint_args(config), collate, train, held_out, tokenizer,
+                       compute_loss_func=loss, compute_metrics=_step_metrics,
+                       preprocess_logits_for_metrics=split_scores, **kwargs)
 
 # %% ../nbs/pipeline/08_reward.ipynb #847d2d05
-def held_out_report(trainer:Trainer, config:RewardConfig)->dict: # of `reward_metrics`
+def held_out_report(trainer:EvenTrainer, config:RewardConfig)->dict: # of `reward_metrics`
     "Score the held-out pairs, if there are any, and write `output_dir/evaluation.json`."
     if trainer.eval_dataset is None: return {}
     chosen, rejected = trainer.predict(trainer.eval_dataset).predictions.T

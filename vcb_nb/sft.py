@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.nn import functional as F
-from transformers import Trainer, set_seed
+from transformers import set_seed
 
 from .artifacts import InputError, check_least
 from .data import encode_completion, encode_prompt, load_demonstrations, load_rows, load_texts
 from .models import (add_lora, as_dtype, check_architecture, check_lora, load_policy,
                            load_tokenizer, match_tokenizer, new_policy, pad_rows)
-from .training import (TrainingDefaults, check_choice, check_share, checkpoint_args,
-                             final_evaluation, final_loss, held_out_split, option,
-                             remove_checkpoints, run_training)
+from .training import (EvenTrainer, TrainingDefaults, check_choice, check_share,
+                             checkpoint_args, final_evaluation, final_loss, held_out_split,
+                             option, remove_checkpoints, run_training)
 
 # %% ../nbs/pipeline/07_sft.ipynb #f391832e
 OBJECTIVES = ("completion", "text")
@@ -163,12 +163,12 @@ def token_loss(prediction)->dict: # {'loss': nats per token}
     return {"loss": nll / max(tokens, 1)}
 
 # %% ../nbs/pipeline/07_sft.ipynb #9d11f28a
-def sft_trainer(config:SFTConfig, model, tokenizer, train, held_out=None, **kwargs)->Trainer:
-    "A plain `Trainer`: the data and the evaluation are ours, the loss is the model's own."
+def sft_trainer(config:SFTConfig, model, tokenizer, train, held_out=None, **kwargs)->EvenTrainer:
+    "An `EvenTrainer`: the data and the evaluation are ours, the loss is the model's own."
     collate = partial(collate_rows, pad_id=tokenizer.pad_token_id)
-    return Trainer(model, args=checkpoint_args(config), train_dataset=train, eval_dataset=held_out,
-                   processing_class=tokenizer, data_collator=collate, compute_metrics=token_loss,
-                   preprocess_logits_for_metrics=row_losses, **kwargs)
+    return EvenTrainer(model, checkpoint_args(config), collate, train, held_out, tokenizer,
+                       compute_metrics=token_loss, preprocess_logits_for_metrics=row_losses,
+                       **kwargs)
 
 # %% ../nbs/pipeline/07_sft.ipynb #0d3dcd97
 def _loss_tokens(rows)->int:

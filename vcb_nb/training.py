@@ -7,8 +7,9 @@ Docs: https://vcb-nb.github.io/vcb_nb/pipeline/training.html.md"""
 # %% auto #0
 __all__ = ['LEAST', 'REPORTERS', 'HARMLESS', 'SHOWN', 'option', 'check_choice', 'TrainingDefaults', 'is_complete',
            'last_checkpoint', 'remove_incomplete', 'check_settings', 'check_share', 'held_out_split', 'MetricsProgress',
-           'checkpoint_folder', 'checkpoint_args', 'resume_point', 'save_final', 'final_evaluation', 'load_weights',
-           'run_training', 'remove_checkpoints', 'write_log', 'read_curve', 'final_loss']
+           'repeated_rows', 'EvenTrainer', 'checkpoint_folder', 'checkpoint_args', 'resume_point', 'save_final',
+           'final_evaluation', 'load_weights', 'run_training', 'remove_checkpoints', 'write_log', 'read_curve',
+           'final_loss']
 
 # %% ../nbs/pipeline/06_training.ipynb #c2eaa226
 import copy, enum, functools, json, logging, math, os, random, shutil, typing, zipfile
@@ -222,6 +223,29 @@ def _own_progress(trainer:Trainer, desc:str)->MetricsProgress:
     bar = MetricsProgress(desc, disable=trainer.args.disable_tqdm)
     trainer.add_callback(bar)
     return bar
+
+# %% ../nbs/pipeline/06_training.ipynb #5a05c1ec
+def repeated_rows(size:int, # rows of a process in the last batch
+                  process:int, # its number
+                  left:int, # rows that the last batch has of its own, over all processes
+                 )->torch.Tensor: # [size] bool
+    "Which rows of the last batch are there only to make it even?"
+    return torch.arange(process * size, (process + 1) * size) >= left
+
+class EvenTrainer(Trainer):
+    "A `Trainer` in which a row that is repeated, to make the last batch even, does not count."
+    counted, nothing = "labels", -100 # a column of the batches, its value where nothing counts
+
+    def get_batch_samples(self, batches, *args, **kwargs)->tuple: # (batches, count of items)
+        "The micro-batches of a step, repeated rows blanked before the Trainer counts the items."
+        return super().get_batch_samples(map(self._blank_repeats, batches), *args, **kwargs)
+
+    def _blank_repeats(self, batch:dict)->dict:
+        state, column = self.accelerator.gradient_state, batch[self.counted]
+        if state.end_of_dataloader and state.remainder > 0:
+            repeats = repeated_rows(len(column), self.accelerator.process_index, state.remainder)
+            column[repeats.to(column.device)] = self.nothing
+        return batch
 
 # %% ../nbs/pipeline/06_training.ipynb #de26e789
 def checkpoint_folder(config)->Path:
