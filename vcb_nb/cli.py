@@ -57,6 +57,8 @@ Run or resume every stage of a recipe. What is done is skipped; what was cut off
   --plan                  list the jobs and their state, and do nothing
   --output_dir FOLDER     where the run lies (default: runs/<name of the recipe>)
   --seed N                seed of every stage that the recipe does not seed itself
+  --trust_remote_code     run the Python code that comes with a model; put it last. A recipe cannot
+                          set it: read that code first
   --SECTION.FIELD VALUE   override any field, e.g. --sample.n 16
                           --calibrate.methods.vcb.loss_params.gamma .5
 
@@ -90,6 +92,7 @@ def stage_help(section:str)->str:
     if inherited:
         text += ["", "Also every field of transformers.TrainingArguments:",
                  "  " + ", ".join(inherited)]
+    text += ["", "--trust_remote_code, as the last option, runs Python code that comes with a model."]
     return "\n".join(text)
 
 # %% ../nbs/pipeline/17_cli.ipynb #35e03072
@@ -147,6 +150,7 @@ def _dispatch(args):
     words, options = parse_options(args)
     if options.pop("version", None): return print(f"vcb {__version__}")
     command = words.pop(0) if words else None
+    trust = _trusting(options)
     wants_help = bool(options.pop("help", None)) or command is None
     if command is not None and command not in COMMANDS:
         raise InputError(f"There is no command '{command}'. {did_you_mean(command, COMMANDS)}")
@@ -154,9 +158,20 @@ def _dispatch(args):
         return print({None: _general_help, "run": lambda: RUN_HELP}
                      .get(command, lambda: stage_help(command))())
     _quiet()
-    if command == "run": return _run_recipe(words, options)
-    if words: return _stage_of_recipe(command, words[0], options)
-    return _stage_alone(command, options)
+    with trust:
+        if command == "run": return _run_recipe(words, options)
+        if words: return _stage_of_recipe(command, words[0], options)
+        return _stage_alone(command, options)
+
+def _trusting(options):
+    "What --trust_remote_code stands for: here and in Python only, no recipe can set it."
+    given = options.pop("trust_remote_code", None)
+    if given is None: return nullcontext()
+    if given != "true":
+        raise InputError(f"--trust_remote_code takes no value, and '{given}' was read as one. "
+                         "Put the option last.")
+    from vcb_nb.models import trusting_remote_code
+    return trusting_remote_code()
 
 class Stopped(KeyboardInterrupt):
     "A signal asked this process to stop."

@@ -6,15 +6,16 @@ Docs: https://vcb-nb.github.io/vcb_nb/pipeline/models.html.md"""
 
 # %% auto #0
 __all__ = ['DTYPES', 'SMALL', 'SPECIAL_IDS', 'PROBE', 'pick_device', 'as_dtype', 'disable_dropout', 'check_architecture',
-           'new_config', 'new_policy', 'model_folder', 'load_policy', 'spare_token', 'load_tokenizer',
-           'separate_padding', 'match_tokenizer', 'same_tokenizer', 'check_same_tokenizer', 'check_stored_ids',
-           'check_lora', 'add_lora', 'save_model', 'unwrap', 'accepts', 'evaluating', 'token_batches', 'pad_rows',
-           'context_length', 'check_context', 'check_candidates', 'candidate_rows', 'row_name', 'regroup',
-           'new_reward_model', 'load_reward_model', 'padding_id', 'check_endings', 'row_scores']
+           'new_config', 'new_policy', 'model_folder', 'trusting_remote_code', 'load_policy', 'spare_token',
+           'load_tokenizer', 'separate_padding', 'match_tokenizer', 'same_tokenizer', 'check_same_tokenizer',
+           'check_stored_ids', 'check_lora', 'add_lora', 'save_model', 'unwrap', 'accepts', 'evaluating',
+           'token_batches', 'pad_rows', 'context_length', 'check_context', 'check_candidates', 'candidate_rows',
+           'row_name', 'regroup', 'new_reward_model', 'load_reward_model', 'padding_id', 'check_endings', 'row_scores']
 
 # %% ../nbs/pipeline/04_models.ipynb #ba114834
 import copy, inspect, math, os, re
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -258,6 +259,15 @@ def _merge_adapter(path, folder:Path, **kwargs):
                          "Give the folder of a merged model.") from None
     return _origin(model, path)
 
+_trusting = ContextVar("trusting_remote_code", default=False)
+
+@contextmanager
+def trusting_remote_code():
+    "Inside, policies and tokenizers may run the Python code that comes with them."
+    token = _trusting.set(True)
+    try: yield
+    finally: _trusting.reset(token)
+
 def load_policy(path, # folder or Hub name; a PEFT adapter folder is merged into its base
                 dtype=None, # torch dtype or its name; None: float32
                 device=None, # None: stay on the CPU
@@ -265,6 +275,7 @@ def load_policy(path, # folder or Hub name; a PEFT adapter folder is merged into
                 trust_remote_code:bool=False, # run Python code that comes with the model
                ): # PreTrainedModel
     "A causal LM with dropout off, from safetensors only; `InputError` says what is wrong."
+    trust_remote_code = trust_remote_code or _trusting.get()
     folder, dtype = model_folder(path, trust_remote_code=trust_remote_code), as_dtype(dtype)
     options = dict(attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
     if (folder/"adapter_config.json").is_file():
@@ -292,6 +303,7 @@ def load_tokenizer(path, # folder or Hub name; an adapter folder may leave it to
                    trust_remote_code:bool=False, # run Python code that comes with the tokenizer
                   ): # PreTrainedTokenizerBase
     "A tokenizer with an EOS, and a padding token that is not the EOS (added where there is none)."
+    trust_remote_code = trust_remote_code or _trusting.get()
     folder = model_folder(path, weights=False, trust_remote_code=trust_remote_code)
     if not any((folder/name).is_file() for name in _TOKENIZER_FILES):
         if (folder/"adapter_config.json").is_file():

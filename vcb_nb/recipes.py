@@ -9,7 +9,7 @@ __all__ = ['SECTIONS', 'load_object', 'config_class', 'coerce', 'check_section',
            'find_recipe', 'parse_yaml', 'apply_override', 'check_recipe', 'load_recipe', 'save_recipe']
 
 # %% ../nbs/pipeline/15_recipes.ipynb #dddfb57a
-import dataclasses, enum, importlib, reprlib, types, typing
+import dataclasses, enum, importlib, re, reprlib, types, typing
 from pathlib import Path
 import yaml
 from .artifacts import InputError, atomic_write, did_you_mean
@@ -205,12 +205,42 @@ def apply_override(recipe:dict,
     return recipe
 
 # %% ../nbs/pipeline/15_recipes.ipynb #81d95cd5
+def _refuse_remote_code(value, where:str)->None:
+    "At any depth: who runs a recipe decides whose code is run, not who wrote it."
+    if isinstance(value, dict) and "trust_remote_code" in value:
+        raise InputError(f"{where}: a recipe cannot set trust_remote_code, which runs Python code "
+                         "that comes with a model. Read that code, and give "
+                         "--trust_remote_code on the command line.")
+    inside = value.values() if isinstance(value, dict) else value
+    for inner in inside if isinstance(value, (dict, list)) else (): _refuse_remote_code(inner, where)
+
+def _check_folder_name(name:str, key:str, where:str)->None:
+    "A name that becomes a folder of the run, and cannot lead out of it."
+    if re.fullmatch(r"[^./\\\s][^/\\]*", name) and name.isprintable(): return
+    raise InputError(f"{where}: {key} '{name}' cannot be a folder's name. Begin it with a letter or "
+                     "a digit, and leave out slashes.")
+
+def _refuse_own_folder(section:str, settings:dict, where:str)->None:
+    "The run decides where a stage writes."
+    if "output_dir" in settings:
+        raise InputError(f"{where}: {section} has an output_dir of its own. A stage of a recipe "
+                         "writes below the run's folder: set output_dir at the top level.")
+
+def _refuse_climbing(recipe:dict, where:str)->None:
+    "A recipe file may name a folder to write to, but not climb out of the one it is run in."
+    if ".." in Path(str(recipe.get("output_dir", ""))).parts:
+        raise InputError(f"{where}: output_dir '{recipe['output_dir']}' leads out of the working "
+                         "folder. Name a folder without '..', or give --output_dir on the "
+                         "command line.")
+
+# %% ../nbs/pipeline/15_recipes.ipynb #22b94867
 _TOP = {"name": str, "seed": int, "output_dir": str}
 
 def check_recipe(recipe:dict, where:str="recipe")->dict:
     "Check every key and type of a recipe, before any work begins."
     valid = [*_TOP, *(s for s in SECTIONS if s != "diagnose")]
     checked = {}
+    _refuse_remote_code(recipe, where)
     for key, value in recipe.items():
         if key not in valid:
             raise InputError(f"{where}: '{_short(key)}' is not a section. "
@@ -218,9 +248,14 @@ def check_recipe(recipe:dict, where:str="recipe")->dict:
         if key in _TOP: checked[key] = coerce(value, _TOP[key], f"{where}: {key}")
         elif key == "calibrate":
             if not isinstance(value or {}, dict): check_section(key, value, where)
-            expand_methods(value or {}, where)
+            for name, settings in expand_methods(value or {}, where).items():
+                _check_folder_name(name, "the method", where)
+                _refuse_own_folder(key, settings, where)
             checked[key] = value or {}
-        else: checked[key] = check_section(key, value, where)
+        else:
+            checked[key] = check_section(key, value, where)
+            _refuse_own_folder(key, checked[key], where)
+    if "name" in checked: _check_folder_name(checked["name"], "the name", where)
     return checked
 
 def load_recipe(name:str, # a file, or the name of a recipe that comes with the package
@@ -229,6 +264,7 @@ def load_recipe(name:str, # a file, or the name of a recipe that comes with the 
     "Read, override and check a recipe; `name`, `seed` and `output_dir` get their defaults."
     path = find_recipe(name)
     recipe = _read_yaml(path)
+    _refuse_climbing(recipe, path.name)
     for key, value in (overrides or {}).items(): apply_override(recipe, key, value)
     recipe.setdefault("name", path.stem)
     recipe.setdefault("seed", 0)
