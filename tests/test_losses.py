@@ -244,6 +244,18 @@ def test_lse_grows_with_lam_between_mean_and_max():
     assert (values[1:] > values[:-1]).all()
 
 
+def test_lse_with_absent_candidates_far_from_the_present_ones():
+    """Log-ratios that drifted together, as training does: the pairs with an absent candidate are
+    huge, and their exponential reaches neither value nor gradient."""
+    logps, ref, rewards, _ = batch(8, dtype=torch.float32)
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    mask[:, 3:] = False
+    logps = (logps - 200).requires_grad_()
+    vcb_lse_loss(logps, ref, rewards, mask=mask).sum().backward()
+    grad = logps.grad
+    assert grad.isfinite().all() and (grad[:, 3:] == 0).all() and (grad[:, :3] != 0).any()
+
+
 # --- identities 7 to 13 ---------------------------------------------------------------------
 
 def test_identity_7_two_candidates_are_ipo():
@@ -515,6 +527,10 @@ def test_ties_are_dropped_by_order_based_losses():
     pair = lambda name, i: preference_loss(name, *(x[:, [i, 2]] for x in data))
     for name in ("dpo", "ipo"):
         close(preference_loss(name, logps, ref, rewards), (pair(name, 0) + pair(name, 1)) / 2)
+    near = rewards * 3
+    near[0, 1] = torch.nextafter(near[0, 1], near[0, 1] + 1)  # a float residue orders nothing
+    for name in ("dpo", "ipo", "slic"):
+        close(preference_loss(name, logps, ref, near), preference_loss(name, logps, ref, rewards))
     hinge = torch.relu(logps[:, 2:] - logps[:, :2]).mean(1)
     close(slic_loss(logps, None, rewards, delta=1e-9, lam_reg=1.), hinge - logps[:, :2].mean(1),
           atol=1e-6, rtol=0.)

@@ -92,7 +92,8 @@ def stage_help(section:str)->str:
     if inherited:
         text += ["", "Also every field of transformers.TrainingArguments:",
                  "  " + ", ".join(inherited)]
-    text += ["", "--trust_remote_code, as the last option, runs Python code that comes with a model."]
+    text += ["", "The last option may be --trust_remote_code: run Python code that comes with a "
+             "model."]
     return "\n".join(text)
 
 # %% ../nbs/pipeline/17_cli.ipynb #35e03072

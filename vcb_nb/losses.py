@@ -159,7 +159,9 @@ def _log_mean_exp(x, mask, lam):
     "`log(mean(exp(lam x)))/lam` over the True entries of each row, for any lam > 0."
     # Relative to the maximum nothing overflows; expm1 and log1p keep the digits of a small lam.
     # The result does not depend on `top`, so its gradient may be cut.
-    top = x.detach().masked_fill(~mask, 0.).amax(1, keepdim=True)
+    # What is absent is 0 before the exponential: infinity times a gradient of 0 would be NaN.
+    x = x.masked_fill(~mask, 0.)
+    top = x.detach().amax(1, keepdim=True)
     return top[:, 0] + torch.log1p(_masked_mean(torch.expm1(lam * (x - top)), mask)) / lam
 
 def vcb_loss(

@@ -211,14 +211,15 @@ def _refuse_remote_code(value, where:str)->None:
         raise InputError(f"{where}: a recipe cannot set trust_remote_code, which runs Python code "
                          "that comes with a model. Read that code, and give "
                          "--trust_remote_code on the command line.")
-    inside = value.values() if isinstance(value, dict) else value
-    for inner in inside if isinstance(value, (dict, list)) else (): _refuse_remote_code(inner, where)
+    if not isinstance(value, (dict, list)): return
+    for inner in value.values() if isinstance(value, dict) else value:
+        _refuse_remote_code(inner, where)
 
 def _check_folder_name(name:str, key:str, where:str)->None:
     "A name that becomes a folder of the run, and cannot lead out of it."
     if re.fullmatch(r"[^./\\\s][^/\\]*", name) and name.isprintable(): return
-    raise InputError(f"{where}: {key} '{name}' cannot be a folder's name. Begin it with a letter or "
-                     "a digit, and leave out slashes.")
+    raise InputError(f"{where}: {key} '{name}' cannot be a folder's name. Begin it with a letter "
+                     "or a digit, and leave out slashes.")
 
 def _refuse_own_folder(section:str, settings:dict, where:str)->None:
     "The run decides where a stage writes."
