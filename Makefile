@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-faults export docs site-preview clean
+.PHONY: demo test test-faults mutants export docs site-preview clean
 
 demo: $(READY)  ## the whole pipeline on the embedded world, ending in a report
 	@$(BIN)/vcb run demo
@@ -14,6 +14,9 @@ test: $(READY)  ## every test, every notebook, a file at a time on each of two c
 
 test-faults: $(READY)  ## kill every stage twenty times and compare with a run left alone
 	$(BIN)/python tests/faults.py 20
+
+mutants: $(READY)  ## bugs put in, one at a time: the tests must notice each (ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py
 
 export: $(READY)  ## after editing notebooks: library and clean notebooks
 	$(BIN)/nbdev-export && $(BIN)/python tools/strip_widgets.py && $(BIN)/python tools/tidy_cells.py && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
