@@ -38,7 +38,7 @@ sys.exit(mutants.main([]))
 
 @pytest.mark.slow
 def test_a_few_are_killed_and_survivors_are_reported():
-    "The sample dies; a change that harms nothing survives, one that does not apply is said: exit 1."
+    "The sample dies; a harmless change survives and one that does not apply is said: exit 1."
     quick = [m.name for m in mutants.MUTANTS if m.module in ("losses", "shards", "training")]
     chosen = random.Random(0).sample(quick, 2)
     done = subprocess.run([sys.executable, "-c", DRIVER, *chosen], cwd=ROOT, capture_output=True,

@@ -6,10 +6,10 @@ import pytest, torch
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
 from vcb_nb import packing
-from vcb_nb.logprobs import collate_candidates, sequence_logps
+from vcb_nb.logprobs import candidate_logps, collate_candidates, sequence_logps
 from vcb_nb.losses import LOSSES, preference_loss
 from vcb_nb.models import new_policy
-from vcb_nb.packing import pack_candidates, packed_logps
+from vcb_nb.packing import pack_candidates
 from vcb_nb.recipes import load_recipe, save_recipe
 
 close = torch.testing.assert_close
@@ -184,16 +184,16 @@ def test_packed_is_rows(neox, batch, chunk, keep):
     expected = with_gradient(model, sequence_logps(model, collate_candidates(*batch)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "HEAD_CHUNK", chunk)
-        logps = packed_logps(model, *batch, head_bytes=2**30 if keep else 1)
+        logps = candidate_logps(model, *batch, "shared", head_bytes=2**30 if keep else 1)
         ours = with_gradient(model, logps)
     close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
 @some(50)
-@given(groups())
-def test_the_layout_holds_everything_once(batch):
-    "Every prompt once, every response but its last token, each at its place after its prompt."
-    layout = pack_candidates(*batch)
+@given(groups(), st.booleans())
+def test_the_layout_holds_everything_once(batch, whole):
+    "Every prompt once, then each response, with its last token or not, at its place after it."
+    layout = pack_candidates(*batch, whole)
     ids, positions = layout.input_ids[0].tolist(), layout.position_ids[0].tolist()
     predict, targets, start, token = layout.predict.tolist(), layout.targets.tolist(), 0, 0
     for prompt, completions in zip(*batch):
@@ -205,9 +205,10 @@ def test_the_layout_holds_everything_once(batch):
             assert predict[token:token + len(completion)] == places
             assert targets[token:token + len(completion)] == completion
             assert [ids[p] for p in places[1:]] == completion[:-1]
-            assert [positions[p] for p in places] == [
-                len(prompt) - 1 + i for i in range(len(completion))]
-            token, at = token + len(completion), at + len(completion) - 1
+            ends = range(len(prompt) - 1, len(prompt) - 1 + len(completion))
+            assert [positions[p] for p in places] == list(ends)
+            if whole: assert ids[places[-1] + 1 if len(completion) > 1 else at] == completion[-1]
+            token, at = token + len(completion), at + len(completion) - 1 + whole
         start = at
     assert start == len(ids) == sum(sum(group) for group in layout.groups)
     assert token == len(targets) and layout.mask.sum(1).tolist() == [len(cs) for cs in batch[1]]
