@@ -536,6 +536,17 @@ def test_empty_completion_is_never_picked(rows):
     assert 1 not in kept[0]["picked"] and len(kept[0]["picked"]) == len(rows[0]["rewards"]) - 1
 
 
+def test_the_picked_candidates_are_those_of_the_batch(rows):
+    "Numbers and tokens are those of the picks, not of the row's first candidates."
+    kept = prepared(rows)[0].to_list()
+    for row in kept: row["picked"] = row["picked"][1:]
+    cut = [row | {k: row[k][1:] for k in ("completion_ids", "rewards", "ref_logps")}
+           | {"picked": list(range(len(row["picked"])))} for row in kept]
+    ours, theirs = (stage.CandidateCollator(0)(batch) for batch in (kept, cut))
+    assert torch.equal(ours["batch"].input_ids, theirs["batch"].input_ids)
+    for name in ("rewards", "ref_logps", "mask"): assert torch.equal(ours[name], theirs[name])
+
+
 def test_sigma_is_estimated_before_subsampling(model):
     "Identity 7: 'stored' uses all scored candidates, 'candidates' the picked, 'dataset' a pool."
     rows = make_rows(model, prompts=5, n=6)
