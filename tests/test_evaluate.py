@@ -15,7 +15,8 @@ from vcb_nb.data import load_rows, train_tokenizer
 from vcb_nb.evaluate import (DiagnoseConfig, EvaluateConfig, bootstrap_interval, calibration,
                              calibration_gaps, calibration_sums, check_same_tokenizer, compare,
                              diagnose, distinct_n, distinct_share, estimate, evaluate, frontier,
-                             kl_estimates, padded, ranks, sigmas, slope, win_tie_lose)
+                             kl_estimates, padded, ranks, sigmas, slope, source_mark,
+                             win_tie_lose)
 from vcb_nb.logprobs import score_logps
 from vcb_nb.losses import calibration_metrics
 from vcb_nb.models import add_lora, load_policy, new_policy, new_reward_model, save_model
@@ -415,6 +416,16 @@ def test_killed_call_is_continued(world, evaluated, tmp_path, harm):
     after = stamps(tmp_path/"again"/"samples")
     assert ({k for k in after if after[k] != before.get(k)}
             == {column.relative_to(tmp_path/"again"/"samples").as_posix()})
+
+
+def test_a_changed_judge_has_another_mark(tmp_path, monkeypatch):
+    "Pitfall 11: columns of rewards are stored under the source of their function, not its name."
+    monkeypatch.chdir(tmp_path)
+    marks, module = [], tmp_path/"changing_judge.py"
+    for value in (1., 2., 1.):
+        module.write_text(f"def f(prompt, completion): return {value}\n")
+        marks.append(source_mark("changing_judge:f"))
+    assert marks[0] == marks[2] != marks[1]
 
 
 def test_changed_policy_is_evaluated_anew(world, evaluated, tmp_path, tiny_tokenizer):

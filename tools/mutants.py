@@ -286,7 +286,7 @@ MUTANTS = [Mutant(*row) for row in [
      "(np.expm1(np.minimum(r, 80.)) - r)", "test_evaluate.py -k exact_kl", 30),
     ("a judge known by its name", "evaluate",
      "return fingerprint([source, source_key(inspect.getfile(load_function(source)))])[:12]",
-     "return fingerprint([source])[:12]", "test_evaluate.py", 11),
+     "return fingerprint([source])[:12]", "test_evaluate.py -k changed_judge", 11),
 ]]
 
 
