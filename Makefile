@@ -15,7 +15,7 @@ test: $(READY)  ## every test, every notebook, a file at a time on each of two c
 test-faults: $(READY)  ## kill every stage twenty times and compare with a run left alone
 	$(BIN)/python tests/faults.py 20
 
-mutants: $(READY)  ## bugs put in, one at a time: the tests must notice each (ten minutes)
+mutants: $(READY)  ## bugs put in, one at a time: the tests must notice each (five minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py
 
 export: $(READY)  ## after editing notebooks: library and clean notebooks
