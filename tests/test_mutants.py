@@ -29,7 +29,7 @@ sys.path.insert(0, "tools")
 import mutants
 from mutants import MUTANTS, Mutant
 tests = "test_shards.py -k impossible_rank"
-bad = [Mutant("harmless", "shards", "import os, re, time", "import os, time, re", tests),
+bad = [Mutant("harmless", "shards", "# %% auto #0", "# harmless", tests),
        Mutant("gone", "shards", "no such text", "", tests)]
 mutants.MUTANTS = [m for m in MUTANTS if m.name in sys.argv[1:]] + bad
 sys.exit(mutants.main([]))

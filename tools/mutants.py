@@ -348,7 +348,8 @@ def outcome(mutant):
     # pytest: 0 all passed, 1 some failed, 2 an import failed, 4 no such file, 5 no test chosen.
     state = {0: "survived", 1: "killed"}.get(status, f"error {status}")
     # A fixture or an import that breaks is no test that noticed.
-    return ("error" if state == "killed" and " failed" not in said.splitlines()[-1] else state), said
+    if state == "killed" and " failed" not in said.splitlines()[-1]: state = "error"
+    return state, said
 
 
 def _child(mutant, folder, log):
