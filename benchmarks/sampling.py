@@ -29,9 +29,9 @@ def generated(model, world:World, rows:int, times:int)->int: # tokens made
 def sampled(model, world:World)->int: # tokens made
     "`sample_candidates`: each prompt is read once, and its cache repeated."
     s = world.settings
-    ids, _ = sample_candidates(model, world.tokenizer, world.prompt_ids, s.n,
-                               max_new_tokens=max(s.lengths()))
-    return sum(len(c) for cs in ids for c in cs)
+    drawn = sample_candidates(model, world.tokenizer, world.prompt_ids, s.n,
+                              max_new_tokens=max(s.lengths()))
+    return sum(len(c) for cs in drawn.completion_ids for c in cs)
 
 
 def sample_call(world:World, way:str, made:list):

@@ -607,7 +607,7 @@ def test_too_long_for_the_model(trainer_of, rows):
         (dict(loss_params={"gama": 1.0}), "Did you mean 'gamma'"),
         (dict(loss="dpo", loss_params={"gamma": 1.0}), "beta"),
         (dict(loss_params={"gamma": -1.0}), "must be positive"),
-        (dict(loss_params={"gamma": "high"}), "cannot be used"),
+        (dict(loss_params={"gamma": "high"}), "Give a number"),
         (dict(sigma="pooled"), "sigma"),
         (dict(reference="lvie"), "Did you mean 'live'"),
     ],
@@ -621,8 +621,10 @@ def test_bad_settings_are_refused_at_once(settings, said):
 
 
 @pytest.fixture
-def config_of(tmp_path, sft, rows):
-    "Settings of the stage on the tiny rows, written as a candidate file."
+def config_of(tmp_path, sft, rows, tiny_tokenizer):
+    "Settings of the stage on the tiny rows, written as a candidate file with their texts."
+    texts = [[tiny_tokenizer.decode(ids) for ids in row["completion_ids"]] for row in rows]
+    rows = [{**row, "completions": said} for row, said in zip(rows, texts)]
     file = write_jsonl(tmp_path / "candidates.jsonl", rows)
 
     def make(name="out", **settings):

@@ -182,8 +182,9 @@ def test_two_at_once(machine, whole, tmp_path):
     call = machine.start(*run_args(run, "--upto", "sft"))
     assert call.wait_for("sft")
     os.killpg(call.pid, signal.SIGSTOP)
-    others = [run_args(run), ("sft", RECIPE, "--output_dir", run), ("sft", "--data",
-              run/"data"/"files"/"demonstrations.jsonl", "--output_dir", run/"sft")]
+    alone = ("--data", run/"data"/"files"/"demonstrations.jsonl", "--tokenizer", run/"tokenizer")
+    others = [run_args(run), ("sft", RECIPE, "--output_dir", run),
+              ("sft", *alone, "--output_dir", run/"sft")]
     for other in others:
         status, said = machine.vcb(*other)
         assert status == 2 and f"is in use by process {call.pid}" in sentence(said)

@@ -180,6 +180,16 @@ def test_the_heads_products_follow_autocast(tiny_tokenizer):
         assert (gradient - found[2][1]).norm() < .01 * found[2][1].norm()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))])
+@pytest.mark.parametrize("size", [5, 300, 50304])
+def test_softmax_may_overwrite_its_input(size, device):
+    "The head relies on it: the same bits as into new memory."
+    logits = torch.randn(7, size, device=device) * 20
+    expected = logits.softmax(-1)
+    assert torch.equal(torch.softmax(logits, -1, out=logits), expected)
+
+
 # ---------------------------------------------------------------- nothing leaks
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -232,13 +232,13 @@ class _HeadLogps(torch.autograd.Function):
         hidden, weight, bias, targets, *slopes = ctx.saved_tensors
         if ctx.frozen:
             return (torch.cat(slopes) * grad[:, None]).to(hidden.dtype), *[None] * 6
-        to_hidden, to_weight = [], torch.zeros_like(weight, dtype=grad.dtype)
+        to_hidden, to_weight = [], None
         to_bias = None if bias is None else torch.zeros_like(bias, dtype=grad.dtype)
         pieces = zip(*(x.split(ctx.chunk) for x in (hidden, targets, grad[:, None])))
         for i, (h, target, g) in enumerate(pieces):
             slope = slopes[i] if ctx.keep else _logps_and_slope(h, weight, bias, target)[2]
             to_hidden.append((slope @ weight) * g)
-            _add_product(to_weight, slope.T, (h * g).to(slope.dtype))
+            to_weight = _add_product(to_weight, slope.T, (h * g).to(slope.dtype), grad.dtype)
             if bias is not None: to_bias += (slope.T @ g.to(slope.dtype))[:, 0]
         to_bias = None if bias is None else to_bias.to(bias.dtype)
         to_hidden, to_weight = torch.cat(to_hidden).to(hidden.dtype), to_weight.to(weight.dtype)
@@ -250,11 +250,13 @@ def _logps_and_slope(hidden, weight, bias, targets, entropy=False)->tuple:
     [tokens, vocabulary], in the precision of the weight."""
     logits = F.linear(hidden, weight, bias)
     if logits.dtype != torch.float64: logits = logits.float()
+    logps = logits.gather(1, targets[:, None])
     top, place = logits.max(-1, keepdim=True)
-    probs = logits.softmax(-1)
+    # In place: a chunk is tens of megabytes, and new memory costs as much as the softmax.
+    probs = torch.softmax(logits, -1, out=logits)
     # The largest probability is never small, so its logarithm gives the log of the sum at full
     # precision, and the chunk is passed over once less than log_softmax and exp would do.
-    logps = logits.gather(1, targets[:, None]) - top + probs.gather(1, place).log()
+    logps += probs.gather(1, place).log() - top
     spread = entropies(probs) if entropy else None
     slope = probs.neg_().scatter_add_(1, targets[:, None], torch.ones_like(logps))
     return logps[:, 0], spread, slope.to(weight.dtype)
@@ -264,10 +266,10 @@ def entropies(probs:Tensor, # [..., vocabulary] probabilities
     "Entropy of each next-token distribution."
     return torch.special.entr(probs).sum(-1)
 
-def _add_product(total, left, right):
-    "total += left @ right, without a temporary where the precision is the same."
-    if left.dtype == total.dtype: total.addmm_(left, right)
-    else: total += left @ right
+def _add_product(total, left, right, dtype):
+    "total + left @ right, without a temporary where the precision is the same."
+    if total is None: return (left @ right).to(dtype)
+    return total.addmm_(left, right) if left.dtype == dtype else total.add_(left @ right)
 
 def _chunked_head(head, targets, entropy, chunk, keep):
     """A forward for the head that gives its targets' log-probs [1, tokens, 1] in place of logits,

@@ -72,7 +72,7 @@ class TrainingDefaults(TrainingArguments):
         for name, valid in _choices().items():
             if isinstance(getattr(self, name), str): check_choice(name, getattr(self, name), valid)
         try: super().__post_init__()
-        except (ValueError, TypeError, ImportError) as e:
+        except (ValueError, TypeError, ImportError, OSError) as e:
             raise InputError(f"The training settings cannot be used: {e}") from None
         check_least(self, **LEAST)
         if self.max_steps <= 0: check_above(self, num_train_epochs=0)
