@@ -2,7 +2,9 @@
 import json, sys
 from pathlib import Path
 
+import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from vcb_nb.plots import use_style
 
@@ -28,17 +30,37 @@ def draw(panel, rows:list, axis:str, measure:str):
         if points: panel.plot(*zip(*points), **look)
     panel.set(xlabel=AXES[axis], ylabel=MEASURES[measure], xscale="log", yscale="log")
     values = sorted({row["value"] for row in rows if row["axis"] == axis})
-    panel.set_xticks(values, map(str, values))
-    panel.minorticks_off()
+    panel.set_xticks(values, map(str, values), rotation=45)
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+def draw_line(panel, rows:list, way:str, tokens:str, xlabel:str):
+    "Seconds against the tokens that a way should be paid by, and the straight line through them."
+    points = np.array([(row[tokens], row["seconds"]) for row in rows
+                       if row["way"] == way and row["axis"] != "vocab"])
+    if len(set(points[:, 0])) < 2: return
+    slope, intercept = np.polyfit(*points.T, 1)
+    ends = np.array([0, points[:, 0].max()])
+    panel.plot(*points.T, **{**LOOK[way], "linestyle": "none"})
+    panel.plot(ends, intercept + slope * ends, color="#767676", linewidth=1)
+    panel.set(xlabel=xlabel, ylabel=MEASURES["seconds"], xlim=(0, None), ylim=(0, None))
+    panel.set_title(f"{1e3 * slope:.2f} ms a token", fontsize=10)
 
 
 def figure(rows:list):
-    "Time above, memory below; a column for each setting that was varied."
+    """Time above, memory below, a column for each setting that was varied; then time against the
+    tokens that are read."""
     use_style()
     axes = [axis for axis in AXES if any(row["axis"] == axis for row in rows)]
-    fig, panels = plt.subplots(2, len(axes), figsize=(3.4 * len(axes), 6), squeeze=False)
+    size = (3.4 * len(axes) + 3.4, 6.4)
+    fig, panels = plt.subplots(2, len(axes) + 1, figsize=size, squeeze=False)
     for line, measure in zip(panels, MEASURES):
         for panel, axis in zip(line, axes): draw(panel, rows, axis, measure)
+    draw_line(panels[0][-1], rows, "shared", "unique_tokens", "tokens read, P + nT")
+    draw_line(panels[1][-1], rows, "rows", "row_tokens", "tokens read, n(P + T)")
     panels[0][0].legend()
     return fig
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import rc_context
 
 torch.set_num_threads(1)  # sums in one order: the same figures on every machine
 
@@ -18,6 +19,12 @@ SENTENCES = (
     "We would gladly come again, although the waiter forgot our water.",
     "Human: How was the film? Assistant: It was extremely dull, I am afraid.",
 )
+
+
+@pytest.fixture(autouse=True)
+def own_style():
+    "A test that sets the book's look leaves the next one's figures alone."
+    with rc_context(): yield
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import common, memory, plot, sampling, scaling, scoring, step
+from benchmarks import common, memory, plot, sampling, scaling, scoring, step, tables
 from benchmarks.flops import needed_flops
 from vcb_nb.artifacts import InputError
 from vcb_nb.logprobs import candidate_logps
@@ -204,3 +204,12 @@ def test_uneven_lengths_have_the_mean_of_their_span():
     s = common.Settings(arch="pythia-160m", response="64-128")
     assert (s.layers, s.hidden, s.heads, s.vocab) == (12, 768, 12, 50304)
     assert (min(s.lengths()), max(s.lengths()), statistics.fmean(s.lengths())) == (64, 128, 96)
+
+
+def test_the_pages_show_the_stored_results():
+    "README and lesson say what was measured, to the digit."
+    pages = {page: "".join("".join(cell["source"]) for cell in json.loads(
+        (tables.RESULTS.parents[1]/"nbs"/page).read_text("utf-8"))["cells"])
+        for page in ("index.ipynb", "pipeline/21_packing.ipynb")}
+    for text in pages.values(): assert tables.headline() in text
+    assert tables.growth() in pages["pipeline/21_packing.ipynb"]

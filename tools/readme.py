@@ -16,8 +16,8 @@ def output_text(cell):
 def cell_markdown(cell):
     source = "".join(cell["source"])
     if cell["cell_type"] == "code": return f"```python\n{source}\n```" + output_text(cell)
-    source = (source.replace("](images/", "](nbs/images/")
-              .replace("](claims.qmd)", f"]({SITE}/claims.html)"))
+    source = source.replace("](images/", "](nbs/images/")
+    source = re.sub(r"\]\((\w+)\.qmd\)", rf"]({SITE}/\1.html)", source)
     return re.sub(r"\]\((?!http)((?:theory|pipeline|runs)/)\d+[a-z]*_(\w+)\.ipynb\)",
                   rf"]({SITE}/\1\2.html)", source)
 
