@@ -17,7 +17,8 @@ def chosen(rows:list, **values)->dict: # way -> record
     return {row["way"]: row for row in rows if all(row[k] == v for k, v in values.items())}
 
 
-def number(value, pattern:str="{:.3g}")->str: return "–" if value is None else pattern.format(value)
+def number(value, pattern:str="{:.3g}")->str:
+    return "–" if value is None else pattern.format(value)
 
 
 def headline()->str:
@@ -39,7 +40,8 @@ def headline()->str:
 
 def growth()->str:
     "The straight lines through the sizes of n, P and T."
-    lines = ["| way | tokens counted | ms a token | at no token (ms) | R² |", "|---|---|---|---|---|"]
+    lines = ["| way | tokens counted | ms a token | at no token (ms) | R² |",
+             "|---|---|---|---|---|"]
     counts = {"unique_tokens": "P + nT", "row_tokens": "n(P + T)"}
     for row in read("scaling"):
         if row["bench"] != "scaling_fit": continue
