@@ -2,7 +2,7 @@
 import copy, ctypes, datetime, gc, json, os, platform, random, statistics, subprocess, sys, time
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory

@@ -4,7 +4,6 @@ the run's back.
 Everything goes through the real command, see faults.py; `make test-faults` kills each stage twenty
 times instead of once."""
 import errno, json, os, shlex, shutil, signal, time
-from pathlib import Path
 
 import pytest
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from vcb_nb import losses
-from vcb_nb.losses import (LOSSES, calibration_metrics, distilled_dpo_loss, dpo_loss, dro_loss,
-                           infonca_loss, ipo_loss, preference_loss, reward_sigma, rpo_bwd_loss,
+from vcb_nb.losses import (LOSSES, calibration_metrics, dpo_loss, dro_loss,
+                           ipo_loss, preference_loss, reward_sigma, rpo_bwd_loss,
                            rpo_sq_loss, rrhf_loss, slic_loss, vcb_loss, vcb_lse_loss)
 
 close = torch.testing.assert_close

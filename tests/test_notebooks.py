@@ -3,7 +3,7 @@
 The lessons' shared run is made once, by the first notebook that needs it, and copied into the
 folder of the others: what is tested is the notebook, not the making of the same small models
 again."""
-import os, shutil, subprocess, sys
+import shutil, subprocess, sys
 from pathlib import Path
 
 import nbformat, pytest

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from vcb_nb.artifacts import write_json, write_jsonl
+from vcb_nb.artifacts import write_json
 from vcb_nb.report import (Figure, Heading, ReportConfig, Table, Text, at_equal_kl, interval,
                            render_html, render_markdown, report)
 

@@ -4,7 +4,6 @@ import json, random, shutil
 
 import pytest, torch
 from safetensors.torch import load_file
-from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from vcb_nb.artifacts import InputError

@@ -5,7 +5,7 @@
 
 Every mutant runs in a forked child of one process that has imported torch and transformers, so that
 it costs its tests and no start-up. Exit status 1 if one survives or does not apply."""
-import contextlib, importlib, io, os, shutil, sys, tempfile, time, traceback
+import contextlib, importlib, os, shutil, sys, tempfile, time, traceback
 from pathlib import Path
 from typing import NamedTuple
 

@@ -9,7 +9,7 @@ __all__ = ['log', 'STAGES', 'CHECKS', 'INPUTS', 'COSMETIC', 'Job', 'plan', 'job_
            'run_recipe', 'lesson_run']
 
 # %% ../nbs/pipeline/16_pipeline.ipynb #6ca15ea5
-import dataclasses, importlib.metadata, logging, os, platform, shutil, time
+import dataclasses, importlib.metadata, logging, platform, shutil, time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
