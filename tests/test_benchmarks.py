@@ -75,8 +75,8 @@ def test_scaling_tries_every_size(tmp_path):
     assert [row["way"] for row in rows if row["bench"] == "scaling_fit"] == [
         way for way in scaling.WAYS for _ in range(2)]
     fig = plot.figure(plot.read(tmp_path/"results"/"lines.jsonl"))
-    assert all(ax.get_xlabel() and ax.get_ylabel() for ax in fig.axes) and len(fig.axes) == 8
-    assert all(len(ax.lines) == 3 for ax in fig.axes[:4])
+    assert all(ax.get_xlabel() and ax.get_ylabel() for ax in fig.axes) and len(fig.axes) == 10
+    assert all(len(ax.lines) == 3 for ax in fig.axes[:4]) and len(fig.axes[4].lines) == 2
 
 
 # --- like with like -----------------------------------------------------------------------------
