@@ -22,12 +22,11 @@ from torch import Tensor
 from transformers import set_seed
 from .artifacts import InputError, check_least
 from .data import attach_ids, load_candidates
-from .logprobs import WAYS, choose_way, collate_candidates, sequence_logps
+from .logprobs import WAYS, choose_way, lay_out, sequence_logps
 from .losses import LOSSES, calibration_metrics, preference_loss, reward_sigma
 from .models import (add_lora, check_context, check_lora, check_same_tokenizer,
                            check_stored_ids, disable_dropout, load_policy, load_tokenizer,
                            save_model)
-from .packing import pack_candidates
 from .training import (EvenTrainer, TrainingDefaults, check_choice, check_share,
                              checkpoint_args, final_evaluation, held_out_split, option,
                              remove_checkpoints, run_training)
@@ -249,9 +248,7 @@ class CandidateCollator:
         out["sigma"] = torch.tensor([row["sigma"] for row in rows], dtype=torch.float32)
         out["weight"] = torch.ones(len(rows))
         ids = [row["prompt_ids"] for row in rows], taken("completion_ids")
-        shared = self.way == "shared"
-        return {**out, "batch": (pack_candidates(*ids) if shared else
-                                 collate_candidates(*ids, self.pad_id))}
+        return {**out, "batch": lay_out(*ids, self.way, self.pad_id)}
 
 # %% ../nbs/pipeline/11_calibrate.ipynb #7581796a
 RECORD = ("mask", "logps", "ref_logps", "rewards", "sigma", "loss")
@@ -384,7 +381,10 @@ def live_reference(model, # the policy at step 0, LoRA adapter included
 # %% ../nbs/pipeline/11_calibrate.ipynb #a0dd86a7
 def same_way(args, *models)->str: # 'shared' or 'rows'
     "How the log-probs of a run are computed: one way for the policy and its live reference."
-    way = "rows" if args.torch_compile and args.way == "auto" else args.way
+    way = args.way
+    if way == "auto" and args.torch_compile:
+        logger.info("Candidates are rows: torch.compile would compile anew for every layout.")
+        way = "rows"
     ways = {choose_way(model, way) for model in models}
     return "shared" if ways == {"shared"} else "rows"
 

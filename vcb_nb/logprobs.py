@@ -6,7 +6,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/pipeline/logprobs.html.md"""
 
 # %% auto #0
 __all__ = ['logger', 'REDUCE', 'WAYS', 'CandidateBatch', 'collate_candidates', 'token_logps', 'sequence_logps', 'choose_way',
-           'candidate_logps', 'score_logps', 'in_batches']
+           'candidate_logps', 'lay_out', 'score_logps', 'in_batches']
 
 # %% ../nbs/pipeline/05_logprobs.ipynb #03d3676d
 import logging
@@ -162,12 +162,17 @@ def candidate_logps(model, # causal LM, possibly wrapped (DDP, PEFT)
                    )->Tensor: # [prompts, n], 0 where a candidate is absent; differentiable
     "Log-probabilities of all candidates in one forward pass."
     rows = candidate_rows(prompt_ids, completion_ids)
-    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
-    check_context(model, lengths, lambda i: row_name(i, completion_ids))
-    shared = choose_way(model, way, max(lengths, default=0)) == "shared"
-    batch = (pack_candidates(prompt_ids, completion_ids) if shared else
-             collate_candidates(prompt_ids, completion_ids, pad_id))
+    longest = max((len(prompt) + len(completion) for prompt, completion in rows), default=0)
+    batch = lay_out(prompt_ids, completion_ids, choose_way(model, way, longest), pad_id)
     return sequence_logps(model, batch.to(next(model.parameters()).device), **options)
+
+def lay_out(prompt_ids:list, completion_ids:list, # as for `candidate_logps`
+            way:str, # 'shared' or 'rows'
+            pad_id:int=0, # of rows: any valid id
+           )->"CandidateBatch | PackedCandidates":
+    "The candidates as one batch: each prompt once, or as rows."
+    if way == "shared": return pack_candidates(prompt_ids, completion_ids)
+    return collate_candidates(prompt_ids, completion_ids, pad_id)
 
 # %% ../nbs/pipeline/05_logprobs.ipynb #a2b07152
 def score_logps(model, # causal LM
@@ -179,8 +184,10 @@ def score_logps(model, # causal LM
                )->list: # [prompts][candidates] floats, in nats
     "Log-probabilities of all candidates without gradients, in batches."
     check_candidates(prompt_ids, completion_ids, needs_prompt=True)
+    device = next(model.parameters()).device
     def logps(prompts, completions, way):
-        found = candidate_logps(model, prompts, completions, way, pad_id).tolist()
+        batch = lay_out(prompts, completions, way, pad_id).to(device)
+        found = sequence_logps(model, batch).tolist()
         return [row[:len(cs)] for row, cs in zip(found, completions)]
     return in_batches(model, prompt_ids, completion_ids, batch_tokens, way, logps)
 
