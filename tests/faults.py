@@ -153,13 +153,13 @@ def differences(run, reference, names):
 # ---- killing
 
 def kill_in(machine, job, run, seconds, rng):
-    "Kill a run at a random moment of a job: the call, or None where it had ended before."
+    "Kill a run at a random moment of a job: the call, and whether it had ended before."
     call = machine.start(*run_args(run))
     if call.wait_for(job): time.sleep(rng.uniform(0, seconds[job]))
     ended = not call.runs()
     status = call.kill()
     assert status == (0 if ended else -signal.SIGKILL), call.said()
-    return None if ended else call
+    return call, ended
 
 
 def settled(run, job):
@@ -174,10 +174,12 @@ def round_of_kills(machine, run, reference, seconds, rng, jobs):
     After every kill, each file that a reader could see must be that of the reference."""
     killed, taken_up, before = [], [], None
     for job in [*jobs, None]:
-        call = kill_in(machine, job, run, seconds, rng) if job else machine.start(*run_args(run))
-        if not job: assert call.wait() == 0, call.said()
+        if job: call, ended = kill_in(machine, job, run, seconds, rng)
+        else:
+            call, ended = machine.start(*run_args(run)), True
+            assert call.wait() == 0, call.said()
         if before: taken_up.append(before in dict(call.states()))
-        before = at_work(call) if call and job else None
+        before = None if ended else at_work(call)
         if not before: continue
         killed.append(before)
         wrong = differences(run, reference, settled(run, before))
