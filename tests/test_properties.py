@@ -176,14 +176,15 @@ def with_gradient(model, logps):
 
 
 @some(25)
-@given(batch=groups(), chunk=st.integers(1, 9), keep=st.booleans())
-def test_packed_is_rows(neox, batch, chunk, keep):
-    """Pitfall 6: any shape of batch gives the log-probs and gradients of rows, in any chunks of the
-    head, kept or computed again."""
+@given(batch=groups(), columns=st.integers(1, 9), keep=st.booleans())
+def test_packed_is_rows(neox, batch, columns, keep):
+    """Pitfall 6: any shape of batch gives the log-probs and gradients of rows, in any blocks of
+    the head, kept or computed again."""
     model = copy.deepcopy(neox)
     expected = with_gradient(model, sequence_logps(model, collate_candidates(*batch)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "HEAD_CHUNK", chunk)
+        patch.setattr(packing, "HEAD_BLOCK", 1)
+        patch.setattr(packing, "HEAD_COLUMNS", columns)
         logps = candidate_logps(model, *batch, "shared", head_bytes=2**30 if keep else 1)
         ours = with_gradient(model, logps)
     close(ours, expected, rtol=1e-12, atol=1e-12)
