@@ -1,10 +1,12 @@
 """The prompt computed once against rows: float64, values and every parameter's gradient."""
 import copy, logging
+from contextlib import nullcontext
 from functools import partial
 
 import pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config,
                           GPTNeoXConfig, LlamaConfig)
 
@@ -398,6 +400,31 @@ def test_no_logits_of_the_whole_row_are_formed(tiny_tokenizer):
     packed_token_logps(model, layout, ONE_BYTE)
     handle.remove()
     assert seen == [(5, 1), (5, 1)]
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_keys_joined_for_a_response_are_joined_again(tiny_tokenizer, monkeypatch, lean):
+    "Autograd keeps no copy of the prompt's keys for a response; gradients keep every bit."
+    model, kept, cat = tiny(tiny_tokenizer), [], torch.cat
+    expected = packed(model)
+    if not lean: monkeypatch.setattr(packing, "_joined_again", lambda *_: nullcontext())
+    def spy(tensors, dim=0):
+        out = cat(tensors, dim)
+        if dim == 2: kept.append(StorageWeakRef(out.untyped_storage()))
+        return out
+    monkeypatch.setattr(torch, "cat", spy)
+    logps = packed_logps(model, PROMPTS, COMPLETIONS)
+    assert kept and {ref.expired() for ref in kept} == {lean}
+    ours = with_gradient(model, logps, pack_candidates(PROMPTS, COMPLETIONS).mask)
+    assert all(map(torch.equal, ours[1], expected[1]))
+
+
+def test_a_second_backward_computes_the_blocks_again(tiny_tokenizer):
+    "The first one gives back what was kept."
+    model = enable_packing(tiny(tiny_tokenizer))
+    logps = packed_logps(model, PROMPTS, COMPLETIONS).sum()
+    grads = [torch.autograd.grad(logps, trained(model), retain_graph=True) for _ in range(2)]
+    torch.testing.assert_close(*grads, atol=1e-14, rtol=1e-12)
 
 
 def test_a_head_with_a_forward_of_its_own_is_left_alone(tiny_tokenizer):

@@ -37,6 +37,7 @@ class PackedCandidates:
     groups:tuple # a tuple (prompt length, tokens of y_1 in the row, of y_2, ...) per prompt
     visible:dict # (prompt, own) lengths -> [own, prompt + own] bool, what a response sees
     whole:bool # do the responses keep their last token, which predicts nothing?
+    lean:bool=False # does autograd join a response's keys and values again, to save memory?
 
     def lengths(self)->list:
         "Tokens of each candidate, prompt and response."
@@ -107,19 +108,28 @@ def packed_attention(module, query:Tensor, # [1, heads, length, head size]
     pieces, out = zip(*(x.split(sizes, dim=2) for x in (query, key, value))), []
     for lengths in packing.groups:
         group = [next(pieces) for _ in lengths]
-        out += _attend_group(module, group, lengths, packing.visible, kwargs)
+        out += _attend_group(module, group, lengths, packing, kwargs)
     return torch.cat(out, dim=1), None
 
-def _attend_group(module, group:list, lengths:tuple, visible:dict, kwargs:dict)->list:
+def _attend_group(module, group:list, lengths:tuple, packing, kwargs:dict)->list:
     "Outputs of a prompt and of each of its responses that has tokens in the row."
-    (_, prompt_key, prompt_value), *responses = group
+    (_, *prompt), *responses = group
     out = [sdpa_attention_forward(module, *group[0], None, **kwargs)[0]]
-    for own, (query, key, value) in zip(lengths[1:], responses):
+    for own, (query, *pieces) in zip(lengths[1:], responses):
         if not own: continue # a response of one token: the prompt predicts it
-        key, value = torch.cat([prompt_key, key], 2), torch.cat([prompt_value, value], 2)
-        mask = visible[lengths[0], own][None, None]
-        out.append(sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0])
+        pairs, mask = list(zip(prompt, pieces)), packing.visible[lengths[0], own][None, None]
+        joined = [torch.cat(pair, 2) for pair in pairs] # keys, values
+        with _joined_again(pairs, joined) if packing.lean else nullcontext():
+            out.append(sdpa_attention_forward(module, query, *joined, mask, **kwargs)[0])
     return out
+
+def _joined_again(pairs:list, joined:list):
+    "Instead of joined tensors autograd keeps their pieces, which lie in the row anyway."
+    known = {(x.data_ptr(), x.shape, x.stride()): [piece.detach() for piece in pair]
+             for x, pair in zip(joined, pairs)}
+    return torch.autograd.graph.saved_tensors_hooks(
+        lambda x: known.get((x.data_ptr(), x.shape, x.stride()), x),
+        lambda kept: torch.cat(kept, 2) if isinstance(kept, list) else kept)
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
@@ -350,7 +360,9 @@ def _head_plan(head, tokens:int, head_bytes:int)->tuple: # columns at a time, ke
     column = tokens * (8 if head.weight.dtype == torch.float64 else 4)
     block = 2**28 if head.weight.is_cuda else max(HEAD_BLOCK, HEAD_COLUMNS * column)
     keep = torch.is_grad_enabled() and head.out_features * column <= head_bytes
-    return max(1, min(block, head_bytes) // column), keep
+    columns = max(1, min(block, head_bytes) // column)
+    # Products of an odd number of columns take half as long again.
+    return columns if columns < 64 else columns // 64 * 64, keep
 
 # %% ../nbs/pipeline/21_packing.ipynb #4ede8d71
 HEAD_BYTES = 2**30 # for what a step keeps of its logits
@@ -373,9 +385,13 @@ def packed_token_logps(model, # causal LM of `enable_packing`, possibly wrapped 
     plan = _head_plan(head, len(targets), head_bytes)
     blockwise = nullcontext() if special else _replaced(
         head, _blockwise_head(head, targets, entropy, *plan))
-    with blockwise:
-        out = model(**_packed_inputs(packing), logits_to_keep=packing.predict).logits[0]
+    # Under checkpointing autograd keeps none of them, and hooks of ours would keep the pieces.
+    lean = torch.is_grad_enabled() and not any(map(_is_checkpointed, model.modules()))
+    inputs = _packed_inputs(replace(packing, lean=lean))
+    with blockwise: out = model(**inputs, logits_to_keep=packing.predict).logits[0]
     return logps_of_logits(out, targets, entropy) if special else out
+
+def _is_checkpointed(module)->bool: return getattr(module, "gradient_checkpointing", False)
 
 def _packed_inputs(packing:PackedCandidates)->dict:
     "What a transformers model is called with."
