@@ -361,8 +361,9 @@ def _head_plan(head, tokens:int, head_bytes:int)->tuple: # columns at a time, ke
     block = 2**28 if head.weight.is_cuda else max(HEAD_BLOCK, HEAD_COLUMNS * column)
     keep = torch.is_grad_enabled() and head.out_features * column <= head_bytes
     columns = max(1, min(block, head_bytes) // column)
-    # Products of an odd number of columns take half as long again.
-    return columns if columns < 64 else columns // 64 * 64, keep
+    # An odd multiple of 64: products of ragged columns take half as long again, and rows a power
+    # of two apart fall on the same lines of the cache.
+    return columns if columns < 64 else (columns // 64 - 1 | 1) * 64, keep
 
 # %% ../nbs/pipeline/21_packing.ipynb #4ede8d71
 HEAD_BYTES = 2**30 # for what a step keeps of its logits
