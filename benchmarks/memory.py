@@ -1,4 +1,5 @@
 "Peak memory of a training step, each way in a process of its own."
+import statistics
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -7,11 +8,14 @@ from .step import WAYS, step_call
 
 
 def measure_way(s:Settings, way:str)->tuple: # seconds of each round, MB
-    "In a fresh process: one warm-up step, the timed ones, then one whose peak is read."
+    "In a fresh process: one warm-up step, the timed ones, then as many whose peaks are read."
     world = make_world(s)
-    call = step_call(world, way)
+    call, peaks = step_call(world, way), []
     times = alternate({way: call}, s, world.free)[way]
-    return times, peak_growth(call, s)
+    for _ in range(s.rounds):
+        peaks.append(peak_growth(call, s))
+        world.free()
+    return times, None if None in peaks else statistics.median(peaks)
 
 
 def measure(s):

@@ -419,6 +419,26 @@ def test_keys_joined_for_a_response_are_joined_again(tiny_tokenizer, monkeypatch
     assert all(map(torch.equal, ours[1], expected[1]))
 
 
+@pytest.mark.parametrize("arch, fused", [("gpt_neox", "query_key_value"), ("phi3", "qkv_proj")])
+def test_a_fused_projection_is_not_kept_for_its_values(tiny_tokenizer, arch, fused):
+    "Rotated keys leave it; values that stayed would keep all three parts of it."
+    model, outputs = enable_packing(tiny(tiny_tokenizer, arch)), []
+    for name, module in model.named_modules():
+        if name.endswith(fused): module.register_forward_hook(
+            lambda _, args, out: outputs.append(StorageWeakRef(out.untyped_storage())))
+    logps = packed_logps(model, PROMPTS, COMPLETIONS)
+    assert logps.requires_grad and [ref.expired() for ref in outputs] == [True, True]
+
+
+def test_values_are_copied_only_out_of_a_fused_projection():
+    "Not where the projection is their own, and not where keys keep it anyway."
+    key, value, fused = torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 9)
+    assert packing._out_of_fused(value, key) is value
+    _, key_part, value_part = fused.split(3, 1)
+    assert packing._out_of_fused(value_part, key_part) is value_part
+    assert packing._out_of_fused(value_part, key).untyped_storage().nbytes() == value.nbytes
+
+
 def test_a_second_backward_computes_the_blocks_again(tiny_tokenizer):
     "The first one gives back what was kept."
     model = enable_packing(tiny(tiny_tokenizer))

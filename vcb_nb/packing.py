@@ -105,11 +105,18 @@ def packed_attention(module, query:Tensor, # [1, heads, length, head size]
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     # One split, not many slices: its backward is one concatenation.
     sizes = [size for group in packing.groups for size in group]
-    pieces, out = zip(*(x.split(sizes, dim=2) for x in (query, key, value))), []
+    row = query, key, _out_of_fused(value, key)
+    pieces, out = zip(*(x.split(sizes, dim=2) for x in row)), []
     for lengths in packing.groups:
         group = [next(pieces) for _ in lengths]
         out += _attend_group(module, group, lengths, packing, kwargs)
     return torch.cat(out, dim=1), None
+
+def _out_of_fused(value, key)->Tensor:
+    "Values copied out of a fused projection, three times their size, where they alone keep it."
+    buffer = value.untyped_storage()
+    needed = buffer.data_ptr() == key.untyped_storage().data_ptr()
+    return value if needed or buffer.nbytes() == value.nbytes else value.contiguous()
 
 def _attend_group(module, group:list, lengths:tuple, packing, kwargs:dict)->list:
     "Outputs of a prompt and of each of its responses that has tokens in the row."
