@@ -5,6 +5,15 @@ from pathlib import Path
 RESULTS = Path(__file__).parent/"results"
 NAMES = {"trl": "TRL 1.16 `DPOTrainer`, n/2 pairs", "naive": "n padded rows, all logits",
          "rows": "ours, `way=\"rows\"`", "shared": "**ours, each prompt once** (default)"}
+PYTHIA = dict(arch="pythia-160m", malloc="default")
+SMALL = dict(arch="gpt_neox", malloc="default")
+OTHERS = {"log-probs and gradient alone": ("step", dict(bench="logps", n=8, **SMALL)),
+          "a training step, n = 4": ("step", dict(bench="step", n=4, **SMALL)),
+          "a training step of Pythia-160M's shape": ("step", dict(bench="step", **PYTHIA)),
+          "its log-probs and gradient alone": ("step", dict(bench="logps", **PYTHIA)),
+          "log-probs of the reference": ("scoring", dict(bench="reference")),
+          "rewards": ("scoring", dict(bench="reward")),
+          "sampling, 4 prompts": ("sampling", dict(bench="sampling"))}
 
 
 def read(name:str)->list:
@@ -38,6 +47,19 @@ def headline()->str:
     return "\n".join(lines)
 
 
+def others()->str:
+    "What else was measured, of the default way."
+    lines = ["| each prompt once | seconds | speed against TRL | against naive | share of the product "
+             "rate | peak MB |", "|---|---|---|---|---|---|"]
+    for name, (file, values) in OTHERS.items():
+        row = chosen(read(file), **values)["shared"]
+        cells = (name, number(row["seconds"]), number(row["speedup_vs_trl"], "{:.1f}×"),
+                 number(row["speedup_vs_naive"], "{:.1f}×"),
+                 number(row["share_of_peak"], "{:.2f}"), number(row["peak_mb"], "{:.0f}"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def growth()->str:
     "The straight lines through the sizes of n, P and T."
     lines = ["| way | tokens counted | ms a token | at no token (ms) | R² |",
@@ -50,4 +72,4 @@ def growth()->str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__": print(headline(), growth(), sep="\n\n")
+if __name__ == "__main__": print(headline(), others(), growth(), sep="\n\n")
