@@ -49,8 +49,8 @@ def headline()->str:
 
 def others()->str:
     "What else was measured, of the default way."
-    lines = ["| each prompt once | seconds | speed against TRL | against naive | share of the product "
-             "rate | peak MB |", "|---|---|---|---|---|---|"]
+    lines = ["| each prompt once | seconds | speed against TRL | against naive "
+             "| share of the product rate | peak MB |", "|---|---|---|---|---|---|"]
     for name, (file, values) in OTHERS.items():
         row = chosen(read(file), **values)["shared"]
         cells = (name, number(row["seconds"]), number(row["speedup_vs_trl"], "{:.1f}×"),
