@@ -232,15 +232,15 @@ class _HeadLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, columns, keep, entropy):
         ctx.frozen = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
-        ctx.columns, ctx.kept, softmax = columns, _Kept(), _OnlineSoftmax(hidden, entropy)
-        pull = softmax.total # [tokens, hidden size] once a block is added
+        keep = keep and not ctx.frozen
+        ctx.columns, ctx.kept, softmax = columns, {}, _OnlineSoftmax(hidden, entropy)
+        rooms, pull = _Rooms(hidden, keep), 0. # then [tokens, hidden size]
         for block in _blocks(weight, bias, targets, columns, hidden.dtype):
-            masses, fade = softmax.add(_logits(hidden, block), block)
+            masses, fade = softmax.add(_logits(hidden, block, room := rooms.take(block)), block)
+            if keep: ctx.kept[block.start] = room.copy_(masses), softmax.top
             if ctx.frozen: pull = pull * fade + masses.to(hidden.dtype) @ block.weight
-            elif keep: ctx.kept.put(block.start, masses, softmax.top, hidden.dtype)
-        ctx.kept.free = None
         logps, spread = softmax.logps(), softmax.entropies()
-        if ctx.frozen: pull = weight[targets] - pull / softmax.total
+        pull = weight[targets] - pull / softmax.total if ctx.frozen else None
         ctx.save_for_backward(hidden, weight, bias, targets, logps, softmax.norm(), pull)
         ctx.mark_non_differentiable(spread)
         return logps[:, 0], spread
@@ -253,51 +253,61 @@ class _HeadLogps(torch.autograd.Function):
         to_hidden, to_weight = torch.zeros_like(hidden, dtype=grad.dtype), torch.empty_like(weight)
         to_bias = None if bias is None else torch.empty_like(bias)
         scaled, odds = (hidden * grad).to(hidden.dtype), -torch.expm1(logps) # 1 - p
+        rooms = _Rooms(hidden, keep=False)
         # The last block first: its memory is the first that can be given back.
         for block in reversed(list(_blocks(weight, bias, targets, ctx.columns, hidden.dtype))):
-            slope = _slope(hidden, block, norm, odds, ctx.kept.pop(block.start, None))
+            kept = ctx.kept.pop(block.start, None)
+            slope = _slope(hidden, block, norm, odds, kept, rooms)
             to_hidden += slope @ block.weight
             _product(slope.T, scaled, to_weight[block.rows])
             if bias is not None: to_bias[block.rows] = (slope.T @ grad.to(slope.dtype))[:, 0]
-            del slope
+            del slope, kept
         return (to_hidden * grad).to(hidden.dtype), to_weight, to_bias, None, None, None, None
 
-class _Kept(dict):
-    """Blocks for the backward, by their first column, some in one piece of memory.
+class _Rooms:
+    """Memory for blocks of logits: its own for each where the backward reads them again.
 
-    glibc hands a piece back as soon as it is free only from 32 MB on; smaller ones leave holes.
+    Some lie in one piece: glibc hands a piece back as soon as it is free only from
+    32 MB on; smaller ones leave holes.
     """
-    PIECE, free = 2**25, None # bytes; what is left of the last piece
+    PIECE = 2**25 # bytes
 
-    def put(self, start:int, masses:Tensor, top:Tensor, dtype)->None:
-        size, left = masses.numel(), 0 if self.free is None else len(self.free)
-        if left < size:
-            left = max(size, self.PIECE // dtype.itemsize)
-            self.free = masses.new_empty(left, dtype=dtype)
-        place, self.free = self.free.split([size, left - size])
-        self[start] = place.view_as(masses).copy_(masses), top
+    def __init__(self, hidden, keep:bool):
+        self.hidden, self.keep, self.free = hidden, keep, hidden.new_empty(0)
+
+    def take(self, block)->Tensor: # [tokens, columns]
+        shape = len(self.hidden), len(block.weight)
+        if len(self.free) < (size := shape[0] * shape[1]):
+            least = self.PIECE // self.free.itemsize if self.keep else size
+            self.free = self.free.new_empty(max(size, least))
+        room, rest = self.free.split([size, len(self.free) - size])
+        if self.keep: self.free = rest
+        return room.view(shape)
 
 class _Block(NamedTuple):
     "The head's part for a stretch of the vocabulary."
     start:int
     weight:Tensor # [columns, hidden size]
     bias:"Tensor | None" # [columns]
-    place:Tensor # [tokens, 1] column of each target; any column where it is in another block
-    inside:Tensor # [tokens, 1] bool, is the target in this block?
+    tokens:Tensor # which tokens have their target in this block
+    places:Tensor # columns of those targets
 
     @property
     def rows(self)->slice: return slice(self.start, self.start + len(self.weight))
 
 def _blocks(weight, bias, targets, columns:int, dtype):
     "Cut the head into stretches of its vocabulary, in the precision of the products."
-    for start in range(0, len(weight), columns):
-        part, place = weight[start:start + columns], targets[:, None] - start
-        inside = (place >= 0) & (place < len(part))
-        yield _Block(start, part.to(dtype), None if bias is None else
-                     bias[start:start + columns].to(dtype), place.clamp(0, len(part) - 1), inside)
+    starts = range(0, len(weight), columns)
+    counts = torch.bincount(targets // columns, minlength=len(starts)).tolist()
+    for start, tokens in zip(starts, targets.argsort().split(counts), strict=True):
+        part = slice(start, start + columns)
+        yield _Block(start, weight[part].to(dtype), None if bias is None else
+                     bias[part].to(dtype), tokens, targets[tokens] - start)
 
-def _logits(hidden, block)->Tensor: # [tokens, columns] fp32, or float64
-    logits = F.linear(hidden, block.weight, block.bias)
+def _logits(hidden, block, room)->Tensor: # [tokens, columns] fp32, or float64
+    "Logits of a block, computed in `room`; they stay there unless a product is of less precision."
+    if block.bias is None: logits = torch.mm(hidden, block.weight.T, out=room)
+    else: logits = torch.addmm(block.bias, hidden, block.weight.T, out=room)
     return logits if logits.dtype == torch.float64 else logits.float()
 
 class _OnlineSoftmax:
@@ -306,11 +316,11 @@ class _OnlineSoftmax:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self.total = hidden.new_zeros(len(hidden), 1, dtype=wide) # Σ exp(logit - top)
         self.top = torch.full_like(self.total, torch.finfo(wide).min)
-        self.target = self.below = self.total # below: Σ exp(logit - top) (logit - top)
+        self.target, self.below = self.total.clone(), self.total # Σ exp(logit - top) (logit - top)
         self.entropy = entropy
 
     def add(self, logits, block)->tuple: # exp(logits - top) in place; the factor of all before
-        self.target = torch.where(block.inside, logits.gather(1, block.place), self.target)
+        self.target[block.tokens, 0] = logits[block.tokens, block.places]
         step = self.top - (top := torch.maximum(self.top, logits.amax(1, keepdim=True)))
         masses, fade = logits.sub_(top).exp_(), step.exp()
         if self.entropy:
@@ -325,12 +335,11 @@ class _OnlineSoftmax:
         if not self.entropy: return self.total.new_empty(0)
         return (self.total.log() - self.below / self.total)[:, 0]
 
-def _slope(hidden, block, norm, odds, kept)->Tensor: # [tokens, columns], in the weight's precision
+def _slope(hidden, block, norm, odds, kept, rooms)->Tensor: # [tokens, columns], hidden's precision
     "The log-probs' gradient with respect to a block of logits, one-hot minus probability."
-    if kept is None: slope = _logits(hidden, block).sub_(norm).exp_().neg_()
+    if kept is None: slope = _logits(hidden, block, rooms.take(block)).sub_(norm).exp_().neg_()
     else: slope = kept[0].mul_(-(kept[1] - norm).exp())
-    found = slope.gather(1, block.place)
-    slope.scatter_(1, block.place, torch.where(block.inside, odds.to(slope.dtype), found))
+    slope[block.tokens, block.places] = odds[block.tokens, 0].to(slope.dtype)
     return slope.to(hidden.dtype)
 
 def _product(left, right, out)->None:
