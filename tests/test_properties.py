@@ -190,6 +190,14 @@ def test_packed_is_rows(neox, batch, columns, keep):
     close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_a_target_beyond_the_vocabulary_gets_no_log_prob(neox, monkeypatch):
+    "It is never embedded, being the last, and here the vocabulary ends with a block of the head."
+    monkeypatch.setattr(packing, "HEAD_BLOCK", 1)
+    monkeypatch.setattr(packing, "HEAD_COLUMNS", 1)
+    with pytest.raises(ValueError):
+        candidate_logps(neox, [[3, 4]], [[[5, neox.config.vocab_size], [6]]], "shared")
+
+
 @some(50)
 @given(groups(), st.booleans())
 def test_the_layout_holds_everything_once(batch, whole):
