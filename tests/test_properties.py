@@ -6,6 +6,7 @@ import pytest, torch
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
 from vcb_nb import packing
+from vcb_nb.artifacts import InputError
 from vcb_nb.logprobs import candidate_logps, collate_candidates, sequence_logps
 from vcb_nb.losses import LOSSES, preference_loss
 from vcb_nb.models import new_policy
@@ -194,8 +195,10 @@ def test_a_target_beyond_the_vocabulary_gets_no_log_prob(neox, monkeypatch):
     "It is never embedded, being the last, and here the vocabulary ends with a block of the head."
     monkeypatch.setattr(packing, "HEAD_BLOCK", 1)
     monkeypatch.setattr(packing, "HEAD_COLUMNS", 1)
-    with pytest.raises(ValueError):
-        candidate_logps(neox, [[3, 4]], [[[5, neox.config.vocab_size], [6]]], "shared")
+    beyond = neox.config.vocab_size
+    said = f"token {beyond}, and the vocabulary ends at {beyond - 1}"
+    with pytest.raises(InputError, match=said):
+        candidate_logps(neox, [[3, 4]], [[[5, beyond], [6]]], "shared")
 
 
 @some(50)

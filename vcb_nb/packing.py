@@ -234,7 +234,7 @@ class _HeadLogps(torch.autograd.Function):
         ctx.frozen = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
         keep = keep and not ctx.frozen
         ctx.columns, ctx.kept, softmax = columns, {}, _OnlineSoftmax(hidden, entropy)
-        rooms, pull = _Rooms(hidden, keep), 0. # then [tokens, hidden size]
+        rooms, pull = _Rooms(hidden, keep), 0. # pull: [tokens, hidden size] in the end
         for block in _blocks(weight, bias, targets, columns, hidden.dtype):
             masses, fade = softmax.add(_logits(hidden, block, room := rooms.take(block)), block)
             if keep: ctx.kept[block.start] = room.copy_(masses), softmax.top
@@ -256,12 +256,11 @@ class _HeadLogps(torch.autograd.Function):
         rooms = _Rooms(hidden, keep=False)
         # The last block first: its memory is the first that can be given back.
         for block in reversed(list(_blocks(weight, bias, targets, ctx.columns, hidden.dtype))):
-            kept = ctx.kept.pop(block.start, None)
-            slope = _slope(hidden, block, norm, odds, kept, rooms)
+            slope = _slope(hidden, block, norm, odds, ctx.kept.pop(block.start, None), rooms)
             to_hidden += slope @ block.weight
             _product(slope.T, scaled, to_weight[block.rows])
             if bias is not None: to_bias[block.rows] = (slope.T @ grad.to(slope.dtype))[:, 0]
-            del slope, kept
+            del slope
         return (to_hidden * grad).to(hidden.dtype), to_weight, to_bias, None, None, None, None
 
 class _Rooms:
@@ -299,7 +298,7 @@ def _blocks(weight, bias, targets, columns:int, dtype):
     "Cut the head into stretches of its vocabulary, in the precision of the products."
     starts = range(0, len(weight), columns)
     counts = torch.bincount(targets // columns, minlength=len(starts)).tolist()
-    for start, tokens in zip(starts, targets.argsort().split(counts), strict=True):
+    for start, tokens in zip(starts, targets.argsort().split(counts)):
         part = slice(start, start + columns)
         yield _Block(start, weight[part].to(dtype), None if bias is None else
                      bias[part].to(dtype), tokens, targets[tokens] - start)
@@ -396,6 +395,9 @@ def packed_token_logps(model, # causal LM of `enable_packing`, possibly wrapped 
     The second column is the entropy of the distribution that gave it, without gradient.
     """
     head, targets = unwrap(model).get_output_embeddings(), packing.targets
+    if int(targets.max()) >= head.out_features: # a last token is predicted, never embedded
+        raise InputError(f"A completion has token {int(targets.max())}, and the vocabulary ends at "
+                         f"{head.out_features - 1}. Encode it with the model's own tokenizer.")
     # Offloading and quantised layers have a forward of their own, ZeRO-3 gathers the weight.
     own = "forward" in vars(head) or type(head).forward is not nn.Linear.forward
     special = own or hasattr(head.weight, "ds_id")
