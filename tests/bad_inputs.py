@@ -292,9 +292,9 @@ CANDIDATES = [
     candidates("ids as texts", ids([["5"], [7], [6]]), "c.jsonl:1", "whole number", stage="score"),
     candidates("a negative id", ids([[5], [-7], [6]]), "c.jsonl:1", "token id -7", stage="score"),
     candidates("an id that no token has", ids([[5], [9999], [6]]), "c.jsonl", "token id 9999",
-               "policy that the candidates come from", stage="score"),
+               "model that the candidates come from", stage="score"),
     candidates("an id that the policy has not", ids([[5], [9999], [6]], ref_logps=[-1.] * 3),
-               "token id 9999", "policy that the candidates come from"),
+               "token id 9999", "model that the candidates come from"),
     Case("parts that are missing", "score", {"candidates": lambda world, own: without_part(
         world["policy_samples"], own)}, ("parts", "missing", "goes on where it stopped")),
     Case("no rewards and no judge", "score", {"reward": None},

@@ -8,8 +8,8 @@ from transformers import GPTNeoXConfig
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.losses import preference_loss
-from vcb_nb.logprobs import (_response_logits, collate_candidates, score_logps, sequence_logps,
-                             token_logps)
+from vcb_nb.logprobs import (_response_logits, candidate_logps, collate_candidates, score_logps,
+                             sequence_logps, token_logps)
 from vcb_nb.models import add_lora, new_policy
 
 ARCHITECTURES = ["gpt_neox", "gpt2", "llama", "qwen2"]
@@ -258,6 +258,20 @@ def test_bad_rows_are_named(tiny_tokenizer, prompts, completions, says):
     with pytest.raises(InputError, match=says): score_logps(model, prompts, completions)
     with pytest.raises(InputError, match=says):
         sequence_logps(model, collate_candidates(prompts, completions))
+
+
+@pytest.mark.parametrize("way", ("rows", "shared"))
+@pytest.mark.parametrize("prompt, completion, token", [
+    ([5, 600], [7], 600), ([5], [600, 7], 600), ([5], [7, 600], 600), ([5], [-100, 7], -100)])
+def test_an_unknown_token_is_named(tiny_tokenizer, way, prompt, completion, token):
+    "Not torch's IndexError, nor, for a last token that is never embedded, some number."
+    model = tiny(tiny_tokenizer, vocab_size=600)
+    prompts, completions = [[5], prompt], [[[6]], [[8], completion]]
+    for compute in (candidate_logps, score_logps):
+        with pytest.raises(InputError, match=f"Prompt 1 has token id {token}.* 0 to 599"):
+            compute(model, prompts, completions, way=way)
+    model.resize_token_embeddings(601)
+    if token > 0: score_logps(model, prompts, completions, way=way)
 
 
 def test_a_batch_needs_a_candidate():

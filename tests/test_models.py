@@ -410,6 +410,7 @@ def test_rows_that_cannot_be_scored_are_named(base, tokenizer):
             (PROMPTS, COMPLETIONS[:2], "3 prompts and 2 lists"),
             ([[5], [6]], [[[7]], [[8], []]], "Completion 1 of prompt 1 is empty"),
             ([[5], [6]], [[[7]], [[8], [9] * 1024]], "Completion 1 of prompt 1 has 1025 tokens"),
+            ([[5], [6]], [[[7]], [[8], [99999]]], "Prompt 1 has token id 99999"),
             ([[5]], [[[7], [8, 1]]], "Completion 1 of prompt 0 ends with the padding id 1")):
         with pytest.raises(InputError, match=says): reward_scores(model, prompts, completions)
     assert reward_scores(model, [[5], [6]], [[], [[7]]])[0] == []

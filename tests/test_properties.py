@@ -198,7 +198,7 @@ def test_a_target_beyond_the_vocabulary_gets_no_log_prob(neox, monkeypatch):
     beyond = neox.config.vocab_size
     said = f"token {beyond}, and the vocabulary ends at {beyond - 1}"
     with pytest.raises(InputError, match=said):
-        candidate_logps(neox, [[3, 4]], [[[5, beyond], [6]]], "shared")
+        sequence_logps(neox, pack_candidates([[3, 4]], [[[5, beyond], [6]]]))
 
 
 @some(50)

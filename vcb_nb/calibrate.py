@@ -25,8 +25,8 @@ from .data import attach_ids, load_candidates
 from .logprobs import WAYS, choose_way, lay_out, sequence_logps
 from .losses import LOSSES, calibration_metrics, preference_loss, reward_sigma
 from .models import (add_lora, check_context, check_lora, check_same_tokenizer,
-                           check_stored_ids, disable_dropout, load_policy, load_tokenizer,
-                           save_model)
+                           check_stored_ids, check_vocabulary, disable_dropout, load_policy,
+                           load_tokenizer, save_model)
 from .training import (EvenTrainer, TrainingDefaults, check_choice, check_share,
                              checkpoint_args, final_evaluation, held_out_split, option,
                              remove_checkpoints, run_training)
@@ -400,16 +400,10 @@ def check_lengths(model, dataset)->None:
     "Refuse candidates that the model cannot read before training starts: too long, or unknown ids."
     if dataset is None: return
     if isinstance(dataset, dict): return [check_lengths(model, d) for d in dataset.values()]
-    rows, size = list(zip(dataset["prompt_ids"], dataset["completion_ids"])), _vocabulary(model)
-    longest = [len(prompt) + max(map(len, completions)) for prompt, completions in rows]
+    ids = list(dataset["prompt_ids"]), list(dataset["completion_ids"])
+    longest = [len(prompt) + max(map(len, completions)) for prompt, completions in zip(*ids)]
     check_context(model, longest, lambda i: f"The longest candidate of prompt {i}")
-    for i, (prompt, completions) in enumerate(rows):
-        most = max(map(max, filter(None, [prompt, *completions])))
-        if most >= size:
-            raise InputError(f"Prompt {i} has token id {most}, and the policy knows {size}. Give "
-                             "the policy that the candidates come from.")
-
-def _vocabulary(model)->int: return model.get_input_embeddings().num_embeddings
+    check_vocabulary(model, *ids)
 
 # %% ../nbs/pipeline/11_calibrate.ipynb #c5ea736e
 class CalibrationTrainer(PromptTrainer):

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .artifacts import InputError, did_you_mean
-from .models import (accepts, candidate_rows, check_candidates, check_context, context_length,
-                           evaluating, pad_rows, row_name, token_batches)
+from .models import (accepts, candidate_rows, check_candidates, check_context,
+                           check_vocabulary, context_length, evaluating, pad_rows, row_name,
+                           token_batches)
 from .packing import (HEAD_BYTES, PackedCandidates, enable_packing, logps_of_logits,
                             pack_candidates, packed_batches, packed_token_logps, supports_packing)
 
@@ -161,6 +162,7 @@ def candidate_logps(model, # causal LM, possibly wrapped (DDP, PEFT)
                     **options, # of `sequence_logps`: reduce, entropy, head_bytes
                    )->Tensor: # [prompts, n], 0 where a candidate is absent; differentiable
     "Log-probabilities of all candidates in one forward pass."
+    check_vocabulary(model, prompt_ids, completion_ids)
     rows = candidate_rows(prompt_ids, completion_ids)
     longest = max((len(prompt) + len(completion) for prompt, completion in rows), default=0)
     batch = lay_out(prompt_ids, completion_ids, choose_way(model, way, longest), pad_id)
@@ -198,6 +200,7 @@ def in_batches(model, # causal LM or reward model
                numbers, # (prompts, completions, 'shared' or 'rows') -> a number per completion
               )->list: # [prompts][candidates]
     "What `numbers` gives for all candidates, in eval mode, a batch at a time."
+    check_vocabulary(model, prompt_ids, completion_ids)
     rows = candidate_rows(prompt_ids, completion_ids)
     lengths = [len(prompt) + len(completion) for prompt, completion in rows]
     check_context(model, lengths, lambda i: row_name(i, completion_ids))

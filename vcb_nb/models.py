@@ -9,8 +9,9 @@ __all__ = ['DTYPES', 'SMALL', 'SPECIAL_IDS', 'PROBE', 'pick_device', 'as_dtype',
            'new_config', 'new_policy', 'model_folder', 'trusting_remote_code', 'load_policy', 'spare_token',
            'load_tokenizer', 'separate_padding', 'match_tokenizer', 'same_tokenizer', 'check_same_tokenizer',
            'check_stored_ids', 'check_lora', 'add_lora', 'save_model', 'unwrap', 'accepts', 'evaluating',
-           'token_batches', 'pad_rows', 'context_length', 'check_context', 'check_candidates', 'candidate_rows',
-           'row_name', 'regroup', 'new_reward_model', 'load_reward_model', 'padding_id', 'check_endings', 'row_scores']
+           'token_batches', 'pad_rows', 'context_length', 'check_context', 'check_candidates', 'check_vocabulary',
+           'candidate_rows', 'row_name', 'regroup', 'new_reward_model', 'load_reward_model', 'padding_id',
+           'check_endings', 'row_scores']
 
 # %% ../nbs/pipeline/04_models.ipynb #ba114834
 import copy, inspect, math, os, re
@@ -498,6 +499,18 @@ def check_candidates(prompt_ids:list, completion_ids:list, needs_prompt:bool=Fal
                              "Put the BOS or the EOS id before it.")
         for j, completion in enumerate(completions):
             if not completion: raise InputError(f"Completion {j} of prompt {i} is empty. Drop it.")
+
+def check_vocabulary(model, prompt_ids:list, completion_ids:list, # as for `candidate_rows`
+                     name="Prompt {}".format, # prompt number -> how to name it
+                    ):
+    "Refuse token ids, of a prompt or its completions, that the model has no embedding for."
+    size = unwrap(model).get_input_embeddings().num_embeddings
+    for i, (prompt, completions) in enumerate(zip(prompt_ids, completion_ids)):
+        for ids in filter(None, [prompt, *completions]):
+            if 0 <= (least := min(ids)) and (most := max(ids)) < size: continue
+            raise InputError(f"{name(i)} has token id {least if least < 0 else most}, and the model "
+                             f"knows 0 to {size - 1}. Use the tokenizer of this model, or give the "
+                             "model that the candidates come from.")
 
 def candidate_rows(prompt_ids:list, # [prompts]
                    completion_ids:list, # [prompts][candidates]

@@ -6,8 +6,8 @@ Docs: https://vcb-nb.github.io/vcb_nb/pipeline/score.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'POLICY_GAP', 'is_function', 'load_function', 'function_judge', 'encode_rows', 'reward_scores', 'model_judge',
-           'load_judge', 'checked_numbers', 'reward_statistics', 'score_rows', 'check_ids', 'ScoreConfig',
-           'check_config', 'score_key', 'candidate_parts', 'score', 'summarise_scores']
+           'load_judge', 'checked_numbers', 'reward_statistics', 'score_rows', 'ScoreConfig', 'check_config',
+           'score_key', 'candidate_parts', 'score', 'summarise_scores']
 
 # %% ../nbs/pipeline/10_score.ipynb #f67dc9b6
 import importlib, inspect, logging, math, os, re, statistics, sys, time
@@ -21,8 +21,8 @@ from .data import attach_ids, encode_completion, encode_prompt, load_candidates,
 from .logprobs import in_batches, score_logps
 from .losses import reward_sigma
 from .models import (as_dtype, check_candidates, check_endings, check_stored_ids,
-                           load_policy, load_reward_model, load_tokenizer, pick_device, regroup,
-                           row_scores, same_tokenizer, unwrap)
+                           check_vocabulary, load_policy, load_reward_model, load_tokenizer,
+                           pick_device, regroup, row_scores, same_tokenizer)
 from .packing import pack_candidates, packed_scores
 from .shards import (claim_folder, list_parts, make_parts, pending_parts, source_key,
                            wait_for_parts)
@@ -158,20 +158,12 @@ def score_rows(rows:list, # candidate rows
     rewards = checked_numbers(judge(rows) if judge else [row["rewards"] for row in rows], rows)
     new = [{"rewards": values, **reward_statistics(values)} for values in rewards]
     if reference is not None:
-        check_ids(rows, unwrap(reference).get_input_embeddings().num_embeddings)
         ids = [[row[name] for row in rows] for name in ("prompt_ids", "completion_ids")]
+        check_vocabulary(reference, *ids, lambda i: _place(rows[i]))
         logps = score_logps(reference, *ids, pad_id=pad_id, batch_tokens=batch_tokens)
         for row, values in zip(new, checked_numbers(logps, rows, "reference log-probability")):
             row["ref_logps"] = values
     return [{**row, **added} for row, added in zip(rows, new)]
-
-def check_ids(rows:list, size:int)->None:
-    "Raise `InputError` where a stored id is none of the reference's."
-    for row in rows:
-        most = max(map(max, [row["prompt_ids"], *row["completion_ids"]]))
-        if most >= size:
-            raise InputError(f"{_place(row)} has token id {most}, and the reference knows {size}. "
-                             "Score with the policy that the candidates come from.")
 
 # %% ../nbs/pipeline/10_score.ipynb #06d6c185
 @dataclass
