@@ -440,11 +440,31 @@ def test_values_are_copied_only_out_of_a_fused_projection():
 
 
 def test_a_second_backward_computes_the_blocks_again(tiny_tokenizer):
-    "The first one gives back what was kept."
+    "The first one's gradient took the place of what was kept, and stays as it was."
     model = enable_packing(tiny(tiny_tokenizer))
-    logps = packed_logps(model, PROMPTS, COMPLETIONS).sum()
-    grads = [torch.autograd.grad(logps, trained(model), retain_graph=True) for _ in range(2)]
-    torch.testing.assert_close(*grads, atol=1e-14, rtol=1e-12)
+    logps = packed_logps(model, PROMPTS, COMPLETIONS)
+    first, *again = (torch.autograd.grad(scale * logps.sum(), trained(model), retain_graph=True)
+                     for scale in (1, 1, 3))
+    for scale, grads in zip((1, 3), again):
+        expected = [scale * grad for grad in first]
+        torch.testing.assert_close(list(grads), expected, atol=1e-14, rtol=1e-12)
+
+
+def test_the_gradient_of_the_head_asks_for_no_memory_of_its_own(tiny_tokenizer, monkeypatch):
+    "It is written where blocks lay, over them only when they were read, and keeps none alive."
+    model, pieces = enable_packing(tiny(tiny_tokenizer)), []
+    monkeypatch.setattr(packing, "HEAD_BLOCK", 1)
+    monkeypatch.setattr(packing, "HEAD_COLUMNS", 64)
+    take = packing._Rooms.take
+    def note(rooms, block):
+        room = take(rooms, block)
+        pieces.append(room.untyped_storage().data_ptr())
+        return room
+    monkeypatch.setattr(packing._Rooms, "take", note)
+    logps, weight = packed_logps(model, PROMPTS, COMPLETIONS), model.lm_head.weight
+    grad, = torch.autograd.grad(logps.sum(), weight)
+    assert len(pieces) > 2 and grad.untyped_storage().data_ptr() == pieces[0]
+    assert grad.untyped_storage().nbytes() == 8 * (weight.numel() + 64 * weight.shape[1])
 
 
 def test_a_head_with_a_forward_of_its_own_is_left_alone(tiny_tokenizer):

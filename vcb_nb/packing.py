@@ -225,9 +225,9 @@ def enable_packing(model, length:"int | None"=None):
 class _HeadLogps(torch.autograd.Function):
     """Log-probabilities of targets from hidden states, some columns of the logits at a time.
 
-    `keep`: the blocks stay for the backward, [tokens, vocabulary] in all, and are given back one
-    by one; otherwise it computes them again. A frozen head needs neither: the hidden states'
-    gradient is formed in the forward.
+    `keep`: the blocks stay for the backward, [tokens, vocabulary] in all, and the weight's
+    gradient takes their place; otherwise it computes them again. A frozen head needs neither: the
+    hidden states' gradient is formed in the forward.
     """
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, columns, keep, entropy):
@@ -235,6 +235,7 @@ class _HeadLogps(torch.autograd.Function):
         keep = keep and not ctx.frozen
         ctx.columns, ctx.kept, softmax = columns, {}, _OnlineSoftmax(hidden, entropy)
         rooms, pull = _Rooms(hidden, keep), 0. # pull: [tokens, hidden size] in the end
+        ctx.gradient = rooms.gradient(weight, columns) if keep else None
         for block in _blocks(weight, bias, targets, columns, hidden.dtype):
             masses, fade = softmax.add(_logits(hidden, block, room := rooms.take(block)), block)
             if keep: ctx.kept[block.start] = room.copy_(masses), softmax.top
@@ -250,12 +251,13 @@ class _HeadLogps(torch.autograd.Function):
         hidden, weight, bias, targets, logps, norm, pull = ctx.saved_tensors
         grad = grad[:, None]
         if ctx.frozen: return (pull * grad).to(hidden.dtype), *[None] * 6
-        to_hidden, to_weight = torch.zeros_like(hidden, dtype=grad.dtype), torch.empty_like(weight)
+        to_hidden = torch.zeros_like(hidden, dtype=grad.dtype)
+        to_weight, ctx.gradient = ctx.gradient, None # another backward needs memory of its own
+        if to_weight is None: to_weight = torch.empty_like(weight)
         to_bias = None if bias is None else torch.empty_like(bias)
         scaled, odds = (hidden * grad).to(hidden.dtype), -torch.expm1(logps) # 1 - p
         rooms = _Rooms(hidden, keep=False)
-        # The last block first: its memory is the first that can be given back.
-        for block in reversed(list(_blocks(weight, bias, targets, ctx.columns, hidden.dtype))):
+        for block in _blocks(weight, bias, targets, ctx.columns, hidden.dtype):
             slope = _slope(hidden, block, norm, odds, ctx.kept.pop(block.start, None), rooms)
             to_hidden += slope @ block.weight
             _product(slope.T, scaled, to_weight[block.rows])
@@ -273,15 +275,31 @@ class _Rooms:
 
     def __init__(self, hidden, keep:bool):
         self.hidden, self.keep, self.free = hidden, keep, hidden.new_empty(0)
+        self.rows = len(hidden) # of a room, with what is left free behind it
+
+    def gradient(self, weight, columns:int)->"Tensor | None": # like weight
+        """The first piece, as which the backward writes the weight's gradient, a block at a time.
+
+        A block's gradient lies where the blocks before it lay: the first room begins one block
+        behind the gradient, and the others do not come nearer. Memory that is asked for anew
+        would cost the system's time.
+        """
+        if weight.dtype != self.hidden.dtype: return None
+        whole, lead = weight.numel(), min(columns, len(weight)) * weight.shape[1]
+        self.rows = max(self.rows, weight.shape[1])
+        piece = self.free.new_empty(whole + lead)
+        self.free = piece[lead:]
+        return piece[:whole].view(weight.shape)
 
     def take(self, block)->Tensor: # [tokens, columns]
-        shape = len(self.hidden), len(block.weight)
-        if len(self.free) < (size := shape[0] * shape[1]):
+        columns = len(block.weight)
+        size = self.rows * columns
+        if len(self.free) < size:
             least = self.PIECE // self.free.itemsize if self.keep else size
             self.free = self.free.new_empty(max(size, least))
-        room, rest = self.free.split([size, len(self.free) - size])
-        if self.keep: self.free = rest
-        return room.view(shape)
+        room = self.free[:len(self.hidden) * columns].view(-1, columns)
+        if self.keep: self.free = self.free[size:]
+        return room
 
 class _Block(NamedTuple):
     "The head's part for a stretch of the vocabulary."
