@@ -98,7 +98,7 @@ MUTANTS = [Mutant(*row) for row in [
      "pad_id = _distinct_pad_id(model, tokenizer, preferred)", "pad_id = preferred or 0",
      "test_models.py -k foreign_reward", 20),
     ("the id after the vocabulary's last passes", "models",
-     "(most := max(ids)) < size", "(most := max(ids)) <= size",
+     "max(ids) < size: continue", "max(ids) <= size: continue",
      "test_logprobs.py -k unknown_token", 0),
     ("dropout on while scoring", "models", '    model.eval()\n', "",
      "test_sample.py -k dropout_is_off", 7),

@@ -507,10 +507,11 @@ def check_vocabulary(model, prompt_ids:list, completion_ids:list, # as for `cand
     size = unwrap(model).get_input_embeddings().num_embeddings
     for i, (prompt, completions) in enumerate(zip(prompt_ids, completion_ids)):
         for ids in filter(None, [prompt, *completions]):
-            if 0 <= (least := min(ids)) and (most := max(ids)) < size: continue
-            raise InputError(f"{name(i)} has token id {least if least < 0 else most}, and the model "
-                             f"knows 0 to {size - 1}. Use the tokenizer of this model, or give the "
-                             "model that the candidates come from.")
+            if 0 <= min(ids) and max(ids) < size: continue
+            token = next(token for token in ids if not 0 <= token < size)
+            raise InputError(f"{name(i)} has token id {token}, and the model knows 0 to "
+                             f"{size - 1}. Use the tokenizer of this model, or give the model "
+                             "that the candidates come from.")
 
 def candidate_rows(prompt_ids:list, # [prompts]
                    completion_ids:list, # [prompts][candidates]
