@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-faults mutants export docs site-preview clean
+.PHONY: demo test test-faults mutants export outputs docs site-preview clean
 
 demo: $(READY)  ## the whole pipeline on the embedded world, ending in a report
 	@$(BIN)/vcb run demo
@@ -20,6 +20,9 @@ mutants: $(READY)  ## bugs put in, one at a time: the tests must notice each (fi
 
 export: $(READY)  ## after editing notebooks: library and clean notebooks
 	$(BIN)/nbdev-export && $(BIN)/python tools/strip_widgets.py && $(BIN)/python tools/tidy_cells.py && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
+
+outputs: $(READY)  ## run a notebook and store what its cells gave: make outputs NB=nbs/theory/06_losses.ipynb
+	$(BIN)/python tools/execute.py $(NB) && $(MAKE) export
 
 docs: $(READY)  ## the documentation site (needs Quarto)
 	@command -v quarto >/dev/null || { echo "The site needs Quarto: https://quarto.org/docs/get-started/"; exit 1; }

@@ -7,7 +7,8 @@ import shutil, subprocess, sys
 from pathlib import Path
 
 import nbformat, pytest
-from nbclient import NotebookClient
+
+from tools.execute import execute, skipped
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = [ROOT/"nbs"/"index.ipynb", *sorted((ROOT/"nbs").glob("[!.]*/[!.]*.ipynb"))]
@@ -38,22 +39,28 @@ def test_the_wheel_holds_the_library_alone(wheel):
 def shared(tmp_path_factory): return tmp_path_factory.mktemp("shared")
 
 
-def skipped(cell): return "#| eval: false" in cell.source
-
-
 @pytest.mark.notebook
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook(path, wheel, shared, tmp_path, monkeypatch):
-    notebook = nbformat.read(path, 4)
-    notebook.cells = [c for c in notebook.cells if not (c.cell_type == "code" and skipped(c))]
     if (shared/"lesson").exists(): shutil.copytree(shared/"lesson", tmp_path/"runs"/"lesson")
     monkeypatch.setenv("PYTHONPATH", str(wheel))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    where = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
+    execute(path, tmp_path)
     if (tmp_path/"runs"/"lesson").exists():
         shutil.rmtree(shared/"lesson", ignore_errors=True)
         shutil.move(tmp_path/"runs"/"lesson", shared/"lesson")
+
+
+def test_a_cell_for_colab_alone_is_not_run(tmp_path):
+    "Its output would be none of ours; every other cell has one, in the order of the page."
+    cells = ["x = 1", "#| eval: false\nx = 2", "x"]
+    notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))
+    notebook.cells[1].outputs = [nbformat.v4.new_output("stream", text="installed")]
+    nbformat.write(notebook, tmp_path/"lesson.ipynb")
+    ran = execute(tmp_path/"lesson.ipynb")
+    assert [cell.source for cell in ran.cells] == cells
+    assert [cell.execution_count for cell in ran.cells] == [1, None, 2]
+    assert ran.cells[1].outputs == [] and ran.cells[2].outputs[0].data["text/plain"] == "1"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -68,7 +75,7 @@ def test_notebook_has_its_form(path):
     outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
     assert (not [o for o in outputs if o.output_type == "error"]
             and "widgets" not in notebook.metadata)
-    assert not any(c.outputs for c in notebook.cells if c.cell_type == "code" and skipped(c))
+    assert not any(c.outputs for c in notebook.cells if skipped(c))
 
 
 def test_library_is_what_the_notebooks_export(tmp_path):
