@@ -3,73 +3,81 @@ import json
 from pathlib import Path
 
 RESULTS = Path(__file__).parent/"results"
+MACHINES = ("epyc", "xeon") # folders; a cell has a figure of each, in this order
 NAMES = {"trl": "TRL 1.16 `DPOTrainer`, n/2 pairs", "naive": "n padded rows, all logits",
          "rows": "ours, `way=\"rows\"`", "shared": "**ours, each prompt once** (default)"}
+HEADLINE = dict(arch="gpt_neox", layers=6, n=8)
 PYTHIA = dict(arch="pythia-160m", malloc="default")
 SMALL = dict(arch="gpt_neox", malloc="default")
 OTHERS = {"log-probs and gradient alone": ("step", dict(bench="logps", n=8, **SMALL)),
           "a training step, n = 4": ("step", dict(bench="step", n=4, **SMALL)),
+          "its log-probs and gradient alone": ("step", dict(bench="logps", n=4, **SMALL)),
           "a training step of Pythia-160M's shape": ("step", dict(bench="step", **PYTHIA)),
-          "its log-probs and gradient alone": ("step", dict(bench="logps", **PYTHIA)),
+          "log-probs and gradient of that shape": ("step", dict(bench="logps", **PYTHIA)),
           "log-probs of the reference": ("scoring", dict(bench="reference")),
           "rewards": ("scoring", dict(bench="reward")),
           "sampling, 4 prompts": ("sampling", dict(bench="sampling"))}
+TOKENS = {"unique_tokens": "P + nT", "row_tokens": "n(P + T)"}
 
 
-def read(name:str)->list:
+def read(machine:str, name:str)->list:
     "The records of one file of results."
-    return list(map(json.loads, (RESULTS/f"{name}.jsonl").read_text("utf-8").splitlines()))
+    return list(map(json.loads, (RESULTS/machine/f"{name}.jsonl").read_text("utf-8").splitlines()))
 
 
-def chosen(rows:list, **values)->dict: # way -> record
-    "The records with these values, by way."
-    return {row["way"]: row for row in rows if all(row[k] == v for k, v in values.items())}
+def found(name:str, **values)->list: # a record for each machine
+    "The record of each machine that has these values."
+    return [next(row for row in read(machine, name) if all(row[k] == v for k, v in values.items()))
+            for machine in MACHINES]
 
 
-def number(value, pattern:str="{:.3g}")->str:
-    return "–" if value is None else pattern.format(value)
+def cell(rows:list, key:str, pattern:str="{:.3g}", scale:float=1)->str:
+    "The machines' figures, or a dash where nothing was measured."
+    values = [row[key] for row in rows]
+    if not any(value is not None for value in values): return "–"
+    return " / ".join("–" if v is None else pattern.format(scale * v) for v in values)
+
+
+def table(head:str, lines:list)->str:
+    "A table in Markdown."
+    ruler = "|---" * (head.count("|") - 1) + "|"
+    return "\n".join([head, ruler, *("| " + " | ".join(line) + " |" for line in lines)])
 
 
 def headline()->str:
     "A step of every way, with both allocators, and its memory in a process of its own."
-    head = dict(arch="gpt_neox", layers=6, n=8)
-    steps = {malloc: chosen(read("step"), bench="step", malloc=malloc, **head)
-             for malloc in ("default", "tuned")}
-    memory = chosen(read("memory"), bench="memory", **head)
-    lines = ["| a training step | seconds | speed against TRL | the same, malloc tuned | peak MB |",
-             "|---|---|---|---|---|"]
+    lines = []
     for way, name in NAMES.items():
-        row, tuned = steps["default"][way], steps["tuned"][way]
-        cells = (name, number(row["seconds"]), number(row["speedup_vs_trl"], "{:.1f}×"),
-                 number(tuned["speedup_vs_trl"], "{:.1f}×"),
-                 number(memory[way]["peak_mb"], "{:.0f}"))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        default, tuned = (found("step", bench="step", way=way, malloc=malloc, **HEADLINE)
+                          for malloc in ("default", "tuned"))
+        memory = found("memory", bench="memory", way=way, **HEADLINE)
+        lines.append([name, cell(default, "seconds"), cell(default, "speedup_vs_trl", "{:.1f}×"),
+                      cell(tuned, "speedup_vs_trl", "{:.1f}×"), cell(memory, "peak_mb", "{:.0f}")])
+    return table("| a training step | seconds | speed against TRL | the same, malloc tuned "
+                 "| peak MB |", lines)
 
 
 def others()->str:
     "What else was measured, of the default way."
-    lines = ["| each prompt once | seconds | speed against TRL | against naive "
-             "| share of the product rate | peak MB |", "|---|---|---|---|---|---|"]
+    lines = []
     for name, (file, values) in OTHERS.items():
-        row = chosen(read(file), **values)["shared"]
-        cells = (name, number(row["seconds"]), number(row["speedup_vs_trl"], "{:.1f}×"),
-                 number(row["speedup_vs_naive"], "{:.1f}×"),
-                 number(row["share_of_peak"], "{:.2f}"), number(row["peak_mb"], "{:.0f}"))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows = found(file, way="shared", **values)
+        lines.append([name, cell(rows, "seconds"), cell(rows, "speedup_vs_trl", "{:.1f}×"),
+                      cell(rows, "speedup_vs_naive", "{:.1f}×"),
+                      cell(rows, "share_of_peak", "{:.2f}"), cell(rows, "peak_mb", "{:.0f}")])
+    return table("| each prompt once | seconds | speed against TRL | against naive "
+                 "| share of the product rate | peak MB |", lines)
 
 
 def growth()->str:
     "The straight lines through the sizes of n, P and T."
-    lines = ["| way | tokens counted | ms a token | at no token (ms) | R² |",
-             "|---|---|---|---|---|"]
-    counts = {"unique_tokens": "P + nT", "row_tokens": "n(P + T)"}
-    for row in read("scaling"):
-        if row["bench"] != "scaling_fit": continue
-        lines.append(f"| `{row['way']}` | {counts[row['tokens']]} | {1e3 * row['slope']:.3f} | "
-                     f"{1e3 * row['intercept']:.0f} | {row['r2']:.3f} |")
-    return "\n".join(lines)
+    lines = []
+    for way in ("rows", "shared"):
+        for tokens, name in TOKENS.items():
+            fits = found("scaling", bench="scaling_fit", way=way, tokens=tokens)
+            lines.append([f"`{way}`", name, cell(fits, "slope", "{:.3f}", 1e3),
+                          cell(fits, "intercept", "{:.0f}", 1e3), cell(fits, "r2", "{:.3f}")])
+    return table("| way | tokens counted | ms a token | at no token (ms) | R² |", lines)
 
 
 if __name__ == "__main__": print(headline(), others(), growth(), sep="\n\n")
