@@ -35,7 +35,7 @@ def cell(rows:list, key:str, pattern:str="{:.3g}", scale:float=1)->str:
     "The machines' figures, or a dash where nothing was measured."
     values = [row[key] for row in rows]
     if not any(value is not None for value in values): return "–"
-    return " / ".join("–" if v is None else pattern.format(scale * v) for v in values)
+    return "\u00a0/\u00a0".join("–" if v is None else pattern.format(scale * v) for v in values)
 
 
 def table(head:str, lines:list)->str:

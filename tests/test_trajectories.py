@@ -210,14 +210,18 @@ def test_resumed(base, files, tmp_path, stage):
 
 # The largest deviations seen, times five: of a loss, a gradient norm, a value at the end.
 FP32 = {"calibrate": (7e-6, 1.6e-4, 5e-5), "sft": (5e-6, 1.5e-6, 4e-5),
-        "reward": (1e-6, 4e-5, 1.7e-3)}
+        "reward": (1e-6, 4e-5, 1.2e-5)}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_fp32(base, files, tmp_path, stage):
     "Training in fp32 follows float64: no sum over tokens, candidates or steps loses its digits."
     train(stage, files, tmp_path, dtype="float32")
-    ours, theirs = trajectory(stage, files, tmp_path, "float32"), base(stage)
+    ours, theirs = dict(trajectory(stage, files, tmp_path, "float32")), dict(base(stage))
+    if stage == "reward":
+        # The loss sees gaps of rewards alone. The gradient of their common level is nothing but
+        # rounding, and Adam makes steps of the learning rate of it, other ones on every processor.
+        for run in (ours, theirs): run["end"] = run["end"] - run["end"].mean()
     for key, bound in zip(ours, FP32[stage]):
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=bound, msg=key)
 
