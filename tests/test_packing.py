@@ -451,7 +451,7 @@ def test_a_second_backward_computes_the_blocks_again(tiny_tokenizer):
 
 
 def test_the_gradient_of_the_head_asks_for_no_memory_of_its_own(tiny_tokenizer, monkeypatch):
-    "It is written where blocks lay, over them only when they were read, and keeps none alive."
+    "It is written where blocks lay, and holds one block more than its own size."
     model, pieces = enable_packing(tiny(tiny_tokenizer)), []
     monkeypatch.setattr(packing, "HEAD_BLOCK", 1)
     monkeypatch.setattr(packing, "HEAD_COLUMNS", 64)

@@ -278,11 +278,11 @@ class _Rooms:
         self.rows = len(hidden) # of a room, with what is left free behind it
 
     def gradient(self, weight, columns:int)->"Tensor | None": # like weight
-        """The first piece, as which the backward writes the weight's gradient, a block at a time.
+        """The first piece of memory, over which the backward writes the weight's gradient.
 
-        A block's gradient lies where the blocks before it lay: the first room begins one block
-        behind the gradient, and the others do not come nearer. Memory that is asked for anew
-        would cost the system's time.
+        Each block's gradient goes where blocks lay that were read: the first room begins one
+        block behind it, and no other comes nearer. Asking for fresh memory would take longer.
+        None where the gradient is of another precision.
         """
         if weight.dtype != self.hidden.dtype: return None
         whole, lead = weight.numel(), min(columns, len(weight)) * weight.shape[1]
