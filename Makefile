@@ -10,7 +10,7 @@ demo: $(READY)  ## the whole pipeline on the embedded world, ending in a report
 	@$(BIN)/vcb run demo
 
 test: $(READY)  ## every test, every notebook, a file at a time on each of two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 test-faults: $(READY)  ## kill every stage twenty times and compare with a run left alone
 	$(BIN)/python tests/faults.py 20

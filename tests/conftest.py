@@ -1,5 +1,5 @@
 """Fixtures for all tests. Nothing is fetched: the hub is switched off before any library looks."""
-import os
+import gc, os
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -40,6 +40,17 @@ def tiny_tokenizer():
     "A byte-level BPE tokenizer of about 300 entries; `<|endoftext|>` is 0, `<|padding|>` is 1."
     from vcb_nb.data import train_tokenizer
     return train_tokenizer(SENTENCES * 4, vocab_size=320)
+
+
+@pytest.fixture
+def process_group():
+    """A process group of one. What a test wraps with it dies first, as the test's frame is gone:
+    torch may wait for ever where a DDP wrapper is the group's last owner."""
+    group = torch.distributed
+    group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
+    yield
+    gc.collect()
+    group.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

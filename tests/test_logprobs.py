@@ -221,21 +221,16 @@ def test_a_candidates_log_prob_does_not_depend_on_its_neighbours(tiny_tokenizer)
     assert changed == [[1, 2]]
 
 
-def test_through_ddp(tiny_tokenizer, tmp_path):
+def test_through_ddp(tiny_tokenizer, process_group):
     """A wrapped model is called, not its inside: DDP's hooks see the forward and the gradients are
     the same."""
     model, batch = tiny(tiny_tokenizer), collate_candidates(PROMPTS, COMPLETIONS)
     plain = torch.autograd.grad(sequence_logps(model, batch).sum(), list(model.parameters()))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0,
-                                         world_size=1)
-    try:
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        calls = []
-        wrapped.register_forward_pre_hook(lambda *_: calls.append(1))
-        sequence_logps(wrapped, batch).sum().backward()
-        assert calls == [1]
-        torch.testing.assert_close([p.grad for p in model.parameters()], list(plain))
-    finally: torch.distributed.destroy_process_group()
+    wrapped, calls = torch.nn.parallel.DistributedDataParallel(model), []
+    wrapped.register_forward_pre_hook(lambda *_: calls.append(1))
+    sequence_logps(wrapped, batch).sum().backward()
+    assert calls == [1]
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(plain))
 
 
 def test_batch_layout():
