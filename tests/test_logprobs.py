@@ -8,8 +8,8 @@ from transformers import GPTNeoXConfig
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.losses import preference_loss
-from vcb_nb.logprobs import (_response_logits, candidate_logps, collate_candidates, score_logps,
-                             sequence_logps, token_logps)
+from vcb_nb.logprobs import (_response_logits, candidate_logps, choose_way, collate_candidates,
+                             lay_out, score_logps, sequence_logps, token_logps)
 from vcb_nb.models import add_lora, new_policy
 
 ARCHITECTURES = ["gpt_neox", "gpt2", "llama", "qwen2"]
@@ -129,6 +129,8 @@ class Unigram(torch.nn.Module):
     def __init__(self, probs):
         super().__init__()
         self.logits = torch.nn.Parameter(torch.tensor(probs).log())
+
+    def get_input_embeddings(self): return torch.nn.Embedding(len(self.logits), 1)
 
     def forward(self, input_ids, attention_mask=None, use_cache=None):
         return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1))
@@ -265,6 +267,9 @@ def test_an_unknown_token_is_named(tiny_tokenizer, way, prompt, completion, toke
     for compute in (candidate_logps, score_logps):
         with pytest.raises(InputError, match=f"Prompt 1 has token id {token}.* 0 to 599"):
             compute(model, prompts, completions, way=way)
+    choose_way(model, way)
+    with pytest.raises(InputError, match=f"A batch has token id {token}.* 0 to 599"):
+        sequence_logps(model, lay_out(prompts, completions, way))
     model.resize_token_embeddings(601)
     if token > 0: score_logps(model, prompts, completions, way=way)
 

@@ -16,7 +16,7 @@ from vcb_nb.logprobs import candidate_logps, collate_candidates, score_logps, se
 from vcb_nb.models import (add_lora, disable_dropout, load_policy, new_policy, row_scores,
                            save_model)
 from vcb_nb.packing import (PACKABLE, PACKED_ATTENTION, enable_packing, pack_candidates,
-                            packed_batches, packed_token_logps, supports_packing)
+                            packed_batches, packed_scores, packed_token_logps, supports_packing)
 from vcb_nb.score import reward_scores
 
 ARCHITECTURES = ["gpt_neox", "gpt2", "llama", "qwen2", "qwen3"]
@@ -275,8 +275,9 @@ def test_generate_and_forward_are_unchanged(tiny_tokenizer, architecture, tmp_pa
 def test_a_failed_forward_leaves_the_head_alone(tiny_tokenizer):
     model = enable_packing(tiny(tiny_tokenizer))
     layout = pack_candidates(PROMPTS, COMPLETIONS)
-    layout.input_ids[0, 0] = 10**6
-    with pytest.raises(IndexError): packed_token_logps(model, layout, ONE_BYTE)
+    def fail(*_): raise ArithmeticError
+    model.get_input_embeddings().register_forward_hook(fail)
+    with pytest.raises(ArithmeticError): packed_token_logps(model, layout, ONE_BYTE)
     assert "forward" not in vars(model.get_output_embeddings())
 
 
@@ -541,6 +542,19 @@ def test_rewards_are_those_of_rows(tiny_tokenizer, architecture):
         found = reward_scores(model, PROMPTS, COMPLETIONS, budget, way="shared")
         torch.testing.assert_close(sum(found, []), expected, atol=1e-12, rtol=0)
     assert supports_packing(model)[0] and len(set(expected)) > 5
+
+
+def test_rewards_of_unknown_tokens_are_refused(tiny_tokenizer):
+    "By the functions that score a batch of one's own too."
+    config = tiny(tiny_tokenizer, vocab_size=600).config
+    config.num_labels, config.pad_token_id = 1, 300
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    batch = [[5], [6]], [[[7]], [[8], [9, 600]]]
+    with pytest.raises(InputError, match="Prompt 1 has token id 600.* 0 to 599"):
+        row_scores(model, *batch)
+    enable_packing(model)
+    with pytest.raises(InputError, match="A batch has token id 600.* 0 to 599"):
+        packed_scores(model, pack_candidates(*batch, whole=True))
 
 
 def test_rewards_without_a_prompt_and_of_other_models_are_rows(tiny_tokenizer):

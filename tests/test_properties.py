@@ -196,7 +196,7 @@ def test_a_target_beyond_the_vocabulary_gets_no_log_prob(neox, monkeypatch):
     monkeypatch.setattr(packing, "HEAD_BLOCK", 1)
     monkeypatch.setattr(packing, "HEAD_COLUMNS", 1)
     beyond = neox.config.vocab_size
-    said = f"token {beyond}, and the vocabulary ends at {beyond - 1}"
+    said = f"token id {beyond}, and the model knows 0 to {beyond - 1}"
     with pytest.raises(InputError, match=said):
         sequence_logps(neox, pack_candidates([[3, 4]], [[[5, beyond], [6]]]))
 

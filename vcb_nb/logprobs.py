@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .artifacts import InputError, did_you_mean
-from .models import (accepts, candidate_rows, check_candidates, check_context,
-                           check_vocabulary, context_length, evaluating, pad_rows, row_name,
-                           token_batches)
+from .models import (accepts, candidate_rows, check_batch_ids, check_candidates,
+                           check_context, check_vocabulary, context_length, evaluating, pad_rows,
+                           row_name, token_batches)
 from .packing import (HEAD_BYTES, PackedCandidates, enable_packing, logps_of_logits,
                             pack_candidates, packed_batches, packed_token_logps, supports_packing)
 
@@ -82,6 +82,7 @@ def token_logps(model, # causal LM, possibly wrapped (DDP, PEFT)
 
 def _row_token_logps(model, batch, token_mask, entropy)->Tensor: # [tokens, 1 or 2]
     "Of the response tokens of rows, row after row."
+    check_batch_ids(model, batch.input_ids)
     rows, t = token_mask.nonzero(as_tuple=True)
     # Token t of a response stands at prompt_length + t and is predicted one position earlier.
     at = batch.prompt_lengths[rows] + t

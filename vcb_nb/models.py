@@ -10,8 +10,8 @@ __all__ = ['DTYPES', 'SMALL', 'SPECIAL_IDS', 'PROBE', 'pick_device', 'as_dtype',
            'load_tokenizer', 'separate_padding', 'match_tokenizer', 'same_tokenizer', 'check_same_tokenizer',
            'check_stored_ids', 'check_lora', 'add_lora', 'save_model', 'unwrap', 'accepts', 'evaluating',
            'token_batches', 'pad_rows', 'context_length', 'check_context', 'check_candidates', 'check_vocabulary',
-           'candidate_rows', 'row_name', 'regroup', 'new_reward_model', 'load_reward_model', 'padding_id',
-           'check_endings', 'row_scores']
+           'check_batch_ids', 'candidate_rows', 'row_name', 'regroup', 'new_reward_model', 'load_reward_model',
+           'padding_id', 'check_endings', 'row_scores']
 
 # %% ../nbs/pipeline/04_models.ipynb #ba114834
 import copy, inspect, math, os, re
@@ -508,10 +508,18 @@ def check_vocabulary(model, prompt_ids:list, completion_ids:list, # as for `cand
     for i, (prompt, completions) in enumerate(zip(prompt_ids, completion_ids)):
         for ids in filter(None, [prompt, *completions]):
             if 0 <= min(ids) and max(ids) < size: continue
-            token = next(token for token in ids if not 0 <= token < size)
-            raise InputError(f"{name(i)} has token id {token}, and the model knows 0 to "
-                             f"{size - 1}. Use the tokenizer of this model, or give the model "
-                             "that the candidates come from.")
+            raise _unknown_token(name(i), next(x for x in ids if not 0 <= x < size), size)
+
+def check_batch_ids(model, *ids:torch.Tensor):
+    "Refuse tensors of token ids, such as a batch's, that hold one without an embedding."
+    size = unwrap(model).get_input_embeddings().num_embeddings
+    extremes = torch.stack(torch.cat([x.flatten() for x in ids]).aminmax()).tolist()
+    token = next((x for x in extremes if not 0 <= x < size), None)
+    if token is not None: raise _unknown_token("A batch", token, size)
+
+def _unknown_token(name:str, token:int, size:int)->InputError:
+    return InputError(f"{name} has token id {token}, and the model knows 0 to {size - 1}. Use the "
+                      "tokenizer of this model, or give the model that the candidates come from.")
 
 def candidate_rows(prompt_ids:list, # [prompts]
                    completion_ids:list, # [prompts][candidates]
@@ -620,6 +628,7 @@ def row_scores(model, # of `new_reward_model` or `load_reward_model`
               )->torch.Tensor: # [rows]; row r is the r-th of `candidate_rows`
     "Score every candidate at its last token, as one batch of padded rows."
     check_candidates(prompt_ids, completion_ids)
+    check_vocabulary(model, prompt_ids, completion_ids)
     check_endings(model, completion_ids)
     rows, device = candidate_rows(prompt_ids, completion_ids), next(model.parameters()).device
     ids, mask = (x.to(device) for x in pad_rows([[*p, *c] for p, c in rows], padding_id(model)))

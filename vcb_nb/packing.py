@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .artifacts import InputError
-from .models import accepts, check_candidates, unwrap
+from .models import accepts, check_batch_ids, check_candidates, unwrap
 
 # %% ../nbs/pipeline/21_packing.ipynb #9b2d592f
 @dataclass(frozen=True)
@@ -413,9 +413,7 @@ def packed_token_logps(model, # causal LM of `enable_packing`, possibly wrapped 
     The second column is the entropy of the distribution that gave it, without gradient.
     """
     head, targets = unwrap(model).get_output_embeddings(), packing.targets
-    if int(targets.max()) >= head.out_features: # a last token is predicted, never embedded
-        raise InputError(f"A completion has token {int(targets.max())}, and the vocabulary ends at "
-                         f"{head.out_features - 1}. Encode it with the model's own tokenizer.")
+    check_batch_ids(model, packing.input_ids, targets) # a last token is predicted, never embedded
     # Offloading and quantised layers have a forward of their own, ZeRO-3 gathers the weight.
     own = "forward" in vars(head) or type(head).forward is not nn.Linear.forward
     special = own or hasattr(head.weight, "ds_id")
@@ -460,6 +458,7 @@ def packed_scores(model, # reward model of `enable_packing`
                  )->Tensor: # [rows], in the order of the responses
     "The reward model's score of each response, its trunk run once over each prompt."
     base = unwrap(model)
+    check_batch_ids(base, packing.input_ids)
     hidden = base.base_model(**_packed_inputs(packing)).last_hidden_state[0]
     return base.score(hidden[last_places(packing)])[:, 0]
 
