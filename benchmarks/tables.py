@@ -6,12 +6,15 @@ RESULTS = Path(__file__).parent/"results"
 MACHINES = ("epyc", "xeon") # folders; a cell has a figure of each, in this order
 NAMES = {"trl": "TRL 1.16 `DPOTrainer`, n/2 pairs", "naive": "n padded rows, all logits",
          "rows": "ours, `way=\"rows\"`", "shared": "**ours, each prompt once** (default)"}
-HEADLINE = dict(arch="gpt_neox", layers=6, n=8)
+HEADLINE = dict(arch="gpt_neox", layers=6, n=8, dtype="float32", checkpointing=False)
 PYTHIA = dict(arch="pythia-160m", malloc="default")
-SMALL = dict(arch="gpt_neox", malloc="default")
-OTHERS = {"log-probs and gradient alone": ("step", dict(bench="logps", n=8, **SMALL)),
-          "a training step, n = 4": ("step", dict(bench="step", n=4, **SMALL)),
-          "its log-probs and gradient alone": ("step", dict(bench="logps", n=4, **SMALL)),
+SMALL = {**HEADLINE, "malloc": "default"}
+OTHERS = {"log-probs and gradient alone": ("step", {**SMALL, "bench": "logps"}),
+          "a training step in bf16": ("step", {**SMALL, "bench": "step", "dtype": "bfloat16"}),
+          "a training step, checkpointed": (
+              "step", {**SMALL, "bench": "step", "checkpointing": True}),
+          "a training step, n = 4": ("step", {**SMALL, "bench": "step", "n": 4}),
+          "its log-probs and gradient alone": ("step", {**SMALL, "bench": "logps", "n": 4}),
           "a training step of Pythia-160M's shape": ("step", dict(bench="step", **PYTHIA)),
           "log-probs and gradient of that shape": ("step", dict(bench="logps", **PYTHIA)),
           "log-probs of the reference": ("scoring", dict(bench="reference")),
@@ -25,15 +28,15 @@ def read(machine:str, name:str)->list:
     return list(map(json.loads, (RESULTS/machine/f"{name}.jsonl").read_text("utf-8").splitlines()))
 
 
-def found(name:str, **values)->list: # a record for each machine
-    "The record of each machine that has these values."
-    return [next(row for row in read(machine, name) if all(row[k] == v for k, v in values.items()))
+def found(name:str, **values)->list: # for each machine a record, empty where none was measured
+    "The first record of each machine that has these values."
+    return [next((row for row in read(machine, name) if values.items() <= row.items()), {})
             for machine in MACHINES]
 
 
 def cell(rows:list, key:str, pattern:str="{:.3g}", scale:float=1)->str:
     "The machines' figures, or a dash where nothing was measured."
-    values = [row[key] for row in rows]
+    values = [row.get(key) for row in rows]
     if not any(value is not None for value in values): return "–"
     return "\u00a0/\u00a0".join("–" if v is None else pattern.format(scale * v) for v in values)
 
