@@ -251,18 +251,22 @@ class _HeadLogps(torch.autograd.Function):
         hidden, weight, bias, targets, logps, norm, pull = ctx.saved_tensors
         grad = grad[:, None]
         if ctx.frozen: return (pull * grad).to(hidden.dtype), *[None] * 6
-        to_hidden = torch.zeros_like(hidden, dtype=grad.dtype)
         to_weight, ctx.gradient = ctx.gradient, None # another backward needs memory of its own
         if to_weight is None: to_weight = torch.empty_like(weight)
         to_bias = None if bias is None else torch.empty_like(bias)
-        scaled, odds = (hidden * grad).to(hidden.dtype), -torch.expm1(logps) # 1 - p
-        rooms = _Rooms(hidden, keep=False)
+        # A target's slope is 1 - p, exact where p is rounded; all others are -p.
+        odds, rooms = -torch.expm1(logps), _Rooms(hidden, keep=False)
+        to_hidden = odds * weight[targets]
         for block in _blocks(weight, bias, targets, ctx.columns, hidden.dtype):
-            slope = _slope(hidden, block, norm, odds, ctx.kept.pop(block.start, None), rooms)
-            to_hidden += slope @ block.weight
-            _product(slope.T, scaled, to_weight[block.rows])
-            if bias is not None: to_bias[block.rows] = (slope.T @ grad.to(slope.dtype))[:, 0]
-            del slope
+            masses, scale = _others(hidden, block, norm, ctx.kept.pop(block.start, None), rooms)
+            to_hidden -= scale * (masses @ block.weight)
+            slope = -scale * grad
+            _product(masses.T, (slope * hidden).to(hidden.dtype), to_weight[block.rows])
+            if bias is not None: to_bias[block.rows] = (masses.T @ slope.to(masses.dtype))[:, 0]
+            del masses
+        odds *= grad
+        to_weight.index_add_(0, targets, (odds * hidden).to(weight.dtype))
+        if bias is not None: to_bias.index_add_(0, targets, odds[:, 0].to(bias.dtype))
         return (to_hidden * grad).to(hidden.dtype), to_weight, to_bias, None, None, None, None
 
 class _Rooms:
@@ -352,12 +356,13 @@ class _OnlineSoftmax:
         if not self.entropy: return self.total.new_empty(0)
         return (self.total.log() - self.below / self.total)[:, 0]
 
-def _slope(hidden, block, norm, odds, kept, rooms)->Tensor: # [tokens, columns], hidden's precision
-    "The log-probs' gradient with respect to a block of logits, one-hot minus probability."
-    if kept is None: slope = _logits(hidden, block, rooms.take(block)).sub_(norm).exp_().neg_()
-    else: slope = kept[0].mul_(-(kept[1] - norm).exp())
-    slope[block.tokens, block.places] = odds[block.tokens, 0].to(slope.dtype)
-    return slope.to(hidden.dtype)
+def _others(hidden, block, norm, kept, rooms)->tuple: # [tokens, columns] and [tokens, 1]
+    "Probabilities of all but the targets in a block, in the products' precision, and their scale."
+    if kept is None: masses = _logits(hidden, block, rooms.take(block)).sub_(norm).exp_()
+    else: masses = kept[0]
+    masses[block.tokens, block.places] = 0
+    scale = torch.ones_like(norm) if kept is None else (kept[1] - norm).exp()
+    return masses.to(hidden.dtype), scale
 
 def _product(left, right, out)->None:
     "left @ right into `out`, without a temporary where the precision is the same."
