@@ -46,11 +46,11 @@ def tiny_tokenizer():
 def process_group():
     """A process group of one. What a test wraps with it dies first, as the test's frame is gone:
     torch may wait for ever where a DDP wrapper is the group's last owner."""
-    group = torch.distributed
-    group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
     gc.collect()
-    group.destroy_process_group()
+    destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -260,9 +260,9 @@ class _HeadLogps(torch.autograd.Function):
         for block in _blocks(weight, bias, targets, ctx.columns, hidden.dtype):
             masses, scale = _others(hidden, block, norm, ctx.kept.pop(block.start, None), rooms)
             to_hidden -= scale * (masses @ block.weight)
-            slope = -scale * grad
-            _product(masses.T, (slope * hidden).to(hidden.dtype), to_weight[block.rows])
-            if bias is not None: to_bias[block.rows] = (masses.T @ slope.to(masses.dtype))[:, 0]
+            scale = -scale * grad
+            _product(masses.T, (scale * hidden).to(hidden.dtype), to_weight[block.rows])
+            if bias is not None: to_bias[block.rows] = (masses.T @ scale.to(masses.dtype))[:, 0]
             del masses
         odds *= grad
         to_weight.index_add_(0, targets, (odds * hidden).to(weight.dtype))
@@ -358,11 +358,10 @@ class _OnlineSoftmax:
 
 def _others(hidden, block, norm, kept, rooms)->tuple: # [tokens, columns] and [tokens, 1]
     "Probabilities of all but the targets in a block, in the products' precision, and their scale."
-    if kept is None: masses = _logits(hidden, block, rooms.take(block)).sub_(norm).exp_()
-    else: masses = kept[0]
+    if kept is None: kept = _logits(hidden, block, rooms.take(block)).sub_(norm).exp_(), norm
+    masses, top = kept
     masses[block.tokens, block.places] = 0
-    scale = torch.ones_like(norm) if kept is None else (kept[1] - norm).exp()
-    return masses.to(hidden.dtype), scale
+    return masses.to(hidden.dtype), (top - norm).exp()
 
 def _product(left, right, out)->None:
     "left @ right into `out`, without a temporary where the precision is the same."
@@ -394,7 +393,7 @@ def _replaced(head, forward):
     finally: del head.forward
 
 def _head_plan(head, tokens:int, head_bytes:int)->tuple: # columns at a time, keep?
-    "Keep the logits' gradient where the budget allows it, else compute it again in the backward."
+    "Keep the blocks where the budget allows it, else compute them again in the backward."
     column = tokens * (8 if head.weight.dtype == torch.float64 else 4)
     block = 2**28 if head.weight.is_cuda else max(HEAD_BLOCK, HEAD_COLUMNS * column)
     keep = torch.is_grad_enabled() and head.out_features * column <= head_bytes
