@@ -18,7 +18,8 @@ def cell_markdown(cell):
     if cell["cell_type"] == "code": return f"```python\n{source}\n```" + output_text(cell)
     source = source.replace("](images/", "](nbs/images/")
     source = re.sub(r"\]\((\w+)\.qmd\)", rf"]({SITE}/\1.html)", source)
-    return re.sub(r"\]\((?!http)((?:theory|pipeline|runs)/)\d+[a-z]*_(\w+)\.ipynb\)",
+    folders = "theory|foundations|stages|runs|experiments"
+    return re.sub(rf"\]\((?!http)((?:{folders})/)\d+[a-z]*_(\w+)\.ipynb\)",
                   rf"]({SITE}/\1\2.html)", source)
 
 
