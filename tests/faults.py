@@ -17,9 +17,9 @@ STATE = re.compile(r"\d\d:\d\d:\d\d  (\S+) +(starts|resumes|altered|stale|done|t
 def serve():
     "Fork a child for each line of JSON on stdin; answer with its process id, or its exit status."
     import matplotlib.pyplot, transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401
-    from vcb_nb.pipeline import STAGES
-    from vcb_nb.recipes import load_object
-    for name in STAGES.values(): load_object(name)
+    from vcb_nb.stages import STAGES
+    from vcb_nb.settings import load_object
+    for stage in STAGES: load_object(stage.run)
     for line in sys.stdin:
         call = json.loads(line)
         if "wait" in call: said = os.waitstatus_to_exitcode(os.waitpid(call["wait"], 0)[1])

@@ -9,15 +9,15 @@ MODULES = sorted(p.stem for p in (ROOT/"vcb_nb").glob("*.py") if not p.stem.star
 
 # Each layer may import the layers before it, and within a layer what stands before it.
 LAYERS = [["losses"], ["worlds"], ["plots"], ["figures", "explorables"], ["widgets"],
-          ["artifacts"], ["shards"], ["data", "world", "models"],
+          ["artifacts"], ["settings"], ["shards"], ["data", "world", "models"],
           ["packing"], ["prepare", "logprobs", "training"],
           ["sft", "reward", "sample", "calibrate"], ["score"], ["evaluate"],
-          ["live"], ["recipes"], ["pipeline"], ["report"], ["cli"]]
+          ["live"], ["stages"], ["recipes"], ["pipeline"], ["report"], ["cli"]]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 TRAINERS = {"sft", "reward", "calibrate"}
 TORCH_ONLY = {"losses": {"torch"}, "worlds": {"torch"}, "explorables": set(),
               "plots": {"matplotlib"}, "figures": {"matplotlib", "numpy"},
-              "artifacts": {"tqdm"}}
+              "artifacts": {"tqdm", "filelock"}, "settings": set(), "stages": set()}
 
 
 def imports(name):

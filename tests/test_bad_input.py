@@ -8,14 +8,15 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from bad_inputs import CASES, COMMAND_LINES, RECIPES, RIGHT, File, build_world
 from vcb_nb.artifacts import InputError, fingerprint, read_manifest, write_jsonl
-from vcb_nb.cli import COMMANDS, main
+from vcb_nb.cli import main
 from vcb_nb.data import (load_candidates, load_demonstrations, load_pairs, load_prompts, load_rows,
                          load_texts)
-from vcb_nb.pipeline import STAGES, plan
-from vcb_nb.recipes import (SECTIONS, config_class, load_object, load_recipe, save_recipe,
-                            shipped_recipes)
+from vcb_nb.pipeline import plan
+from vcb_nb.recipes import load_recipe, save_recipe, shipped_recipes
 from vcb_nb.sample import SampleConfig, sample
 from vcb_nb.score import ScoreConfig, score
+from vcb_nb.settings import load_object
+from vcb_nb.stages import STAGES, find_stage
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,16 +68,14 @@ def test_library(case, world, own, tmp_path, untouched, monkeypatch):
     untouched()
     for name, value in case.env.items(): monkeypatch.setenv(name, value)
     with pytest.raises(InputError) as error:
-        config = config_class(case.stage)(**settings, output_dir=str(tmp_path/"out"))
-        load_object(STAGES[case.stage])(config)
+        stage = find_stage(case.stage)
+        config = stage.config_class(**settings, output_dir=str(tmp_path/"out"))
+        load_object(stage.run)(config)
     assert_says(str(error.value), case.says)
 
 
 def command_line(case, settings, folder):
     "The command that a user would type: a stage alone, or a recipe of that stage."
-    if case.stage not in COMMANDS:
-        recipe = save_recipe({case.stage: settings}, folder/"r.yaml")
-        return ["run", str(recipe), "--output_dir", str(folder/"out")]
     words = [w for k, v in settings.items() for w in (f"--{k}", json.dumps(v))]
     return [case.stage, *words, "--output_dir", str(folder/"out")]
 
@@ -310,7 +309,7 @@ def test_any_file_is_read_or_refused(tmp_path, content, load, name):
     except InputError as e: assert_says(str(e), (name,))
 
 
-FIELDS = {section: sorted(config_class(section).__dataclass_fields__) for section in SECTIONS}
+FIELDS = {stage.name: sorted(stage.config_class.__dataclass_fields__) for stage in STAGES}
 SECTION = st.sampled_from(sorted(FIELDS)).flatmap(lambda section: st.tuples(
     st.just(section), st.dictionaries(st.sampled_from(FIELDS[section]), VALUE, max_size=2) | VALUE))
 METHODS = st.fixed_dictionaries({"methods": st.dictionaries(

@@ -1,11 +1,12 @@
 "The command line: every command helps, every bad input gives one sentence and exit status 2."
-import subprocess, sys
+import dataclasses, subprocess, sys
 from pathlib import Path
 
 import pytest
 
 from vcb_nb import __version__
-from vcb_nb.cli import COMMANDS, main, parse_options
+from vcb_nb.cli import join_options, main
+from vcb_nb.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,27 +28,45 @@ def test_version_is_quick():
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_complete(capsys, command):
-    status, out, _ = said(capsys, command, "--help")
-    assert status == 0 and f"vcb {command}" in out
-    if command in ("run",): return
-    import dataclasses
-    from vcb_nb.recipes import config_class
-    for field in dataclasses.fields(config_class(command)):
-        assert not field.init or field.name in out
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_help_is_complete(capsys, stage):
+    """Every stage has a command. Its help shows its own settings on two screens at most, each with
+    its sentence; those of TrainingArguments wait behind --help-all."""
+    status, own, _ = said(capsys, stage.name, "--help")
+    assert status == 0 and own.startswith(f"usage: vcb {stage.name}") and own.count("\n") <= 100
+    inherits = "--help_all" in own
+    everything = said(capsys, stage.name, "--help-all")[1] if inherits else own
+    for field in dataclasses.fields(stage.config_class):
+        ours = "decides" in field.metadata
+        assert not field.init or f"--{field.name} " in everything
+        assert (f"--{field.name} " in own) == ours and (not ours or field.metadata["help"])
 
 
-@pytest.mark.parametrize("stage", [
-    "sft", "reward", "sample", "score", "calibrate", "evaluate", "diagnose", "report"])
-def test_own_fields_have_help(stage):
-    import dataclasses
-    from transformers import TrainingArguments
-    from vcb_nb.recipes import config_class
-    theirs = {f.name for f in dataclasses.fields(TrainingArguments)}
-    for field in dataclasses.fields(config_class(stage)):
-        has_help = field.name in theirs or field.metadata.get("help")
-        assert has_help, f"{stage}.{field.name} has no help"
+def test_help_of_run(capsys):
+    status, out, _ = said(capsys, "run", "--help")
+    assert status == 0 and all(f"--{name}" in out for name in ("upto", "redo", "plan"))
+
+
+def test_flags_say_yes_or_no(capsys, tmp_path):
+    """`--redo=false` is no, `--redo demo` does not swallow the recipe's name, and what is neither
+    yes nor no is refused."""
+    recipe = ["demo", "--output_dir", tmp_path, "--upto", "smaple"]
+    for words in (["--redo=false", *recipe], ["--redo", *recipe], ["--plan", "no", *recipe]):
+        status, _, err = said(capsys, "run", *words)
+        assert status == 2 and "The recipe has no stage 'smaple'" in err
+    status, _, err = said(capsys, "run", "demo", "--redo=perhaps")
+    assert status == 2 and "'perhaps' is not yes or no" in err and err.count("\n") == 1
+    status, out, _ = said(capsys, "run", "--plan", "demo", "--output_dir", tmp_path)
+    assert status == 0 and out.splitlines()[0].split() == ["data", "new"]
+
+
+def test_redo_is_what_its_value_says(capsys, tmp_path):
+    words = ["tokenizer", "--data", tmp_path/"a.txt", "--output_dir", tmp_path/"t"]
+    (tmp_path/"a.txt").write_text("a few words " * 50)
+    assert said(capsys, *words, "--vocab_size", 260)[0] == 0
+    status, _, err = said(capsys, *words, "--vocab_size", 261, "--redo=false")
+    assert status == 2 and "vocab_size: 260 → 261" in err
+    assert said(capsys, *words, "--vocab_size", 261, "--redo=true")[0] == 0
 
 
 @pytest.mark.parametrize("words, want", [
@@ -94,8 +113,13 @@ def test_bad_reward_in_candidates(capsys, tmp_path, value):
 
 
 def test_options():
-    assert parse_options("r.yaml --a.b 1 --flag --c=x=y --d-e f".split()) == \
-        (["r.yaml"], {"a.b": "1", "flag": "true", "c": "x=y", "d_e": "f"})
+    assert join_options("r.yaml --a.b 1 --flag x --c=x=y --d-e -1 --f".split(), {"flag"}) == \
+        ["r.yaml", "--a.b=1", "--flag=true", "x", "--c=x=y", "--d_e=-1", "--f=true"]
+
+
+def test_a_value_with_spaces_stays_one_value(capsys):
+    status, _, err = said(capsys, "run", "demo", "--sample.n", "a few", "--plan")
+    assert status == 2 and "sample.n is 'a few', but a whole number is needed." in err
 
 
 def test_a_reader_that_stops_early_is_no_error():
@@ -103,4 +127,4 @@ def test_a_reader_that_stops_early_is_no_error():
     command = f"{sys.executable} -m vcb_nb.cli sft --help | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT,
                           capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("vcb sft") and not done.stderr
+    assert done.returncode == 0 and done.stdout.startswith("usage: vcb sft") and not done.stderr

@@ -3,8 +3,8 @@ remedy."""
 import pytest, yaml
 
 from vcb_nb.artifacts import InputError
-from vcb_nb.recipes import (apply_override, check_section, coerce, expand_methods, find_recipe,
-                            load_recipe, save_recipe)
+from vcb_nb.recipes import apply_override, find_recipe, load_recipe, save_recipe
+from vcb_nb.stages import expand_methods, find_stage
 
 BAD = {"unknown section": ("sampel: {n: 8}", "'sampel' is not a section. Did you mean 'sample'?"),
        "unknown key": ("sample: {temprature: 1}",
@@ -18,7 +18,7 @@ BAD = {"unknown section": ("sampel: {n: 8}", "'sampel' is not a section. Did you
                                        "sample.n is 2.5, but a whole number is needed."),
        "truth value for a number": ("sample: {n: true}",
                                     "sample.n is True, but a whole number is needed."),
-       "list for a section": ("sample: [1]", "section 'sample' must be a mapping"),
+       "list for a section": ("sample: [1]", "sample must be a mapping"),
        "no mapping": ("- 1", "holds no settings"),
        "empty": ("", "holds no settings"),
        "broken YAML": ("sample: [", "not YAML"),
@@ -45,20 +45,12 @@ def test_missing_recipe_names_the_nearest():
 def test_scientific_notation_is_a_number():
     "YAML 1.1 reads 1e-3 as a text: a trap for every learning rate."
     assert yaml.safe_load("1e-3") == "1e-3"
-    assert check_section("sft", {"learning_rate": "1e-3"}) == {"learning_rate": 1e-3}
+    assert find_stage("sft").check({"learning_rate": "1e-3"}) == {"learning_rate": 1e-3}
 
 
 def test_every_training_argument_is_a_key():
-    assert check_section(
-        "calibrate", {"warmup_steps": 10, "report_to": ["tensorboard"], "bf16": True})
-
-
-@pytest.mark.parametrize("hint, value, want", [
-    (int | None, None, None), (float, 1, 1.), (int, 2., 2), (list[str], ["a"], ["a"]),
-    (str | list[str] | None, ["a"], ["a"]), (dict | str | None, {"a": 1}, {"a": 1})])
-def test_coerce(hint, value, want):
-    got = coerce(value, hint, "k")
-    assert got == want and type(got) is type(want)
+    assert find_stage("calibrate").check(
+        {"warmup_steps": 10, "report_to": ["tensorboard"], "bf16": True})
 
 
 def test_sweep_makes_one_run_a_value():

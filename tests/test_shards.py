@@ -1,4 +1,6 @@
 "Parts of a stage's output: every part to one process, each whole or absent, and no mixture."
+from dataclasses import dataclass
+
 import pytest
 from hypothesis import given, strategies as st
 
@@ -6,6 +8,15 @@ from vcb_nb.artifacts import InputError
 from vcb_nb.data import load_rows
 from vcb_nb.shards import (claim_folder, list_parts, make_parts, my_parts, part_path,
                            pending_parts, rank_and_world)
+from vcb_nb.settings import option
+
+
+@dataclass
+class DrawConfig:
+    output_dir: str = option(None, "Folder of the parts.", decides=False)
+    seed: int = option(0, "Seed of the draw.")
+    n: int = option(8, "Numbers to draw.")
+    batch_size: int = option(16, "Numbers at a time.", decides=False)
 
 
 def as_process(monkeypatch, rank, world):
@@ -93,16 +104,15 @@ def test_a_part_without_a_seal_is_taken_as_it_is(tmp_path):
 def test_parts_whose_settings_are_gone_are_not_continued(tmp_path):
     "Nobody could say whether old and new parts belong together."
     make_parts(tmp_path, 2, lambda i: [{"index": i}])
-    with pytest.raises(InputError, match="settings.json, which says how they were made, is gone"):
-        claim_folder(tmp_path, {"seed": 0})
+    with pytest.raises(InputError, match="settings.json, which says how they were made, is missing"):
+        claim_folder(DrawConfig(tmp_path))
 
 
 def test_a_folder_keeps_to_its_settings(tmp_path):
     """Parts made with one seed are never continued with another;
     an empty folder may change its mind."""
-    claim_folder(tmp_path, {"seed": 0, "n": 4})
-    claim_folder(tmp_path, {"seed": 1, "n": 4})
+    claim_folder(DrawConfig(tmp_path, seed=0))
+    claim_folder(DrawConfig(tmp_path, seed=1))
     make_parts(tmp_path, 2, lambda i: [{"index": i}])
-    claim_folder(tmp_path, {"seed": 1, "n": 4})
-    with pytest.raises(InputError, match="seed was 1 and is 2"):
-        claim_folder(tmp_path, {"seed": 2, "n": 4})
+    claim_folder(DrawConfig(tmp_path, seed=1, batch_size=4))
+    with pytest.raises(InputError, match="seed: 1 → 2"): claim_folder(DrawConfig(tmp_path, seed=2))

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import TrainerControl, TrainerState
 
 from vcb_nb.artifacts import InputError
-from vcb_nb.training import (MetricsProgress, TrainingDefaults, _settings, check_settings,
+from vcb_nb.training import (MetricsProgress, TrainingDefaults, check_settings,
                              final_loss, held_out_split, is_complete, last_checkpoint, read_curve,
                              remove_checkpoints, remove_incomplete, write_log)
 
@@ -83,25 +83,19 @@ def test_adapter_checkpoint_is_complete(tmp_path):
     assert is_complete(checkpoint(tmp_path, 5, weights="adapter_model.safetensors"))
 
 
-def settings(folder, rows=range(4), **changes):
-    config = TrainingDefaults(output_dir=str(folder), **changes)
-    return _settings(config, Dataset.from_dict({"x": list(rows)}))
-
-
 def test_resuming_with_other_settings_is_refused(tmp_path):
-    check_settings(tmp_path, settings(tmp_path))
+    def check(rows=range(4), folder=tmp_path, **changes):
+        config = TrainingDefaults(output_dir=str(folder), **changes)
+        check_settings(tmp_path, config, Dataset.from_dict({"x": list(rows)}))
+
+    check()
     checkpoint(tmp_path, 5)
-    check_settings(tmp_path, settings("elsewhere", save_steps=7, eval_strategy="epoch",
-                                      logging_steps=1))
-    with pytest.raises(InputError, match="learning_rate was 5e-05, is 0.1"):
-        check_settings(tmp_path, settings(tmp_path, learning_rate=.1))
-    with pytest.raises(InputError, match="rows was"):
-        check_settings(tmp_path, settings(tmp_path, range(5)))
-    with pytest.raises(InputError, match="sample of the rows"):
-        check_settings(tmp_path, settings(tmp_path, range(1, 5)))
+    check(folder="elsewhere", save_steps=7, eval_strategy="epoch", logging_steps=1)
+    with pytest.raises(InputError, match="learning_rate: 5e-05 → 0.1"): check(learning_rate=.1)
+    with pytest.raises(InputError, match="rows: 4 → 5"): check(range(5))
+    with pytest.raises(InputError, match="sample of the rows"): check(range(1, 5))
     shutil.rmtree(tmp_path/"checkpoint-5")
-    # nothing to continue: anything goes
-    check_settings(tmp_path, settings(tmp_path, learning_rate=.1))
+    check(learning_rate=.1) # nothing to resume: anything goes
 
 
 def test_defaults():

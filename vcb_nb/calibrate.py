@@ -20,16 +20,16 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import set_seed
-from .artifacts import InputError, check_least
+from .artifacts import InputError
 from .data import attach_ids, load_candidates
 from .logprobs import WAYS, choose_way, lay_out, sequence_logps
 from .losses import LOSSES, calibration_metrics, preference_loss, reward_sigma
 from .models import (add_lora, check_context, check_lora, check_same_tokenizer,
                            check_stored_ids, check_vocabulary, disable_dropout, load_policy,
                            load_tokenizer, save_model)
-from .training import (EvenTrainer, TrainingDefaults, check_choice, check_share,
-                             checkpoint_args, final_evaluation, held_out_split, option,
-                             remove_checkpoints, run_training)
+from .settings import check_choice, check_least, option
+from .training import (EvenTrainer, TrainingDefaults, check_share, checkpoint_args,
+                             final_evaluation, held_out_split, remove_checkpoints, run_training)
 
 # %% ../nbs/stages/06_calibrate.ipynb #021a01a6
 logger = logging.getLogger(__name__)
@@ -61,12 +61,14 @@ class CalibrationConfig(TrainingDefaults):
 
     `per_device_train_batch_size` counts prompts, each with all its candidates.
     """
-    model: str | None = option(None, "Folder or hub name of the SFT model: start of the policy.")
-    candidates: str | None = option(None, "Scored candidates: whatever `load_candidates` reads.")
+    model: str | None = option(None, "Folder or hub name of the SFT model: start of the policy.",
+                               source=True)
+    candidates: str | None = option(None, "Scored candidates: whatever `load_candidates` reads.",
+                                    source=True)
     loss: str = option("vcb", "Name of a loss in `vcb_nb.losses.LOSSES`.")
     way: str = option("auto",
         "How log-probs are computed: 'shared' (each prompt once), 'rows' (each candidate repeats "
-        "it), or 'auto' (shared where the model allows it).")
+        "it), or 'auto' (shared where the model allows it).", decides=False)
     loss_params: dict | None = option(None,
         "Hyper-parameters of the loss; absent ones keep their default.")
     sigma: str = option("stored",
@@ -76,12 +78,14 @@ class CalibrationConfig(TrainingDefaults):
         "Divide rewards by σ(x) also in the value-based losses that do not of themselves.")
     reference: str = option("stored",
         "'stored' reads the column ref_logps; 'live' runs the reference model.")
-    reference_model: str | None = option(None, "Reference of reference='live'; default: `model`.")
+    reference_model: str | None = option(None, "Reference of reference='live'; default: `model`.",
+                                         source=True)
     n_candidates: int | None = option(None,
-        "Keep at most this many candidates a prompt, drawn by `seed`.")
+        "Keep at most this many candidates per prompt, drawn by `seed`.")
     max_prompt_length: int | None = option(512, "Tokens; for candidates stored as text only.")
     max_completion_length: int | None = option(512, "Tokens; for candidates stored as text only.")
-    eval_candidates: str | None = option(None, "Scored candidates of other prompts to evaluate on.")
+    eval_candidates: str | None = option(None, "Scored candidates of other prompts to evaluate on.",
+                                         source=True)
     eval_share: float = option(0., "Share of the prompts held out without `eval_candidates`.")
     peft_config: dict | None = option(None,
         "LoRA settings (fields of `peft.LoraConfig`); None trains every weight.")
@@ -90,7 +94,7 @@ class CalibrationConfig(TrainingDefaults):
     learning_rate: float = option(1e-5, "Peak learning rate.")
     num_train_epochs: float = option(1., "Passes over the prompts.")
     logging_first_step: bool = option(True,
-        "Log the first step, where policy and reference still agree.")
+        "Log the first step, where policy and reference still agree.", decides=False)
 
     def __post_init__(self):
         self.loss_params = dict(self.loss_params or {})

@@ -8,30 +8,32 @@ Docs: https://vcb-nb.github.io/vcb_nb/stages/evaluate.html.md"""
 __all__ = ['log', 'SIGMAS', 'SAMPLING', 'JUDGES', 'TWO_CANDIDATES', 'READING', 'bootstrap_interval', 'estimate', 'kl_estimates',
            'win_tie_lose', 'margin', 'distinct_n', 'distinct_share', 'padded', 'sigmas', 'calibration_sums', 'slope',
            'correlation', 'r_squared', 'ranks', 'calibration_gaps', 'calibration', 'EvaluateConfig', 'Table',
-           'source_mark', 'add_column', 'add_logps', 'add_rewards', 'sample_policy', 'read_table', 'candidate_rows',
-           'ids_fit', 'candidate_table', 'measure', 'gains', 'compare', 'frontier', 'require', 'check_scoring',
-           'check_config', 'evaluate', 'fill_columns', 'calibrate_table', 'summarise', 'show', 'DiagnoseConfig',
-           'check_diagnosis', 'diagnose', 'diagnosis_markdown', 'write_diagnosis']
+           'source_mark', 'add_column', 'add_logps', 'add_rewards', 'sampling', 'sample_policy', 'read_table',
+           'candidate_rows', 'ids_fit', 'candidate_table', 'measure', 'gains', 'compare', 'frontier', 'evaluate',
+           'fill_columns', 'calibrate_table', 'summarise', 'show', 'DiagnoseConfig', 'diagnose', 'diagnosis_markdown',
+           'write_diagnosis']
 
 # %% ../nbs/stages/08_evaluate.ipynb #37fb53dc
-import gc, inspect, logging, re
+import gc, logging, re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .artifacts import (InputError, atomic_write, check_above, check_least, did_you_mean,
-                              fingerprint, read_json, write_json)
+from .artifacts import (InputError, atomic_write, did_you_mean, fingerprint, read_json,
+                              write_json)
 from .data import attach_ids, load_candidates, load_rows
 from .figures import figure_bytes, plot_diagnosis
 from .logprobs import score_logps
 from .losses import reward_sigma
 from .models import (as_dtype, check_same_tokenizer, load_policy, load_tokenizer,
                            pick_device)
-from .sample import SampleConfig, check_config as check_sampling, sample
-from .score import checked_numbers, is_function, load_function, load_judge
-from .shards import list_parts, rank_and_world, source_key
+from .sample import SampleConfig, sample
+from .score import checked_numbers, load_judge
+from .settings import (REQUIRED, check_above, check_choice, check_least, check_required,
+                             config_key, is_function, load_function, option, source_key)
+from .shards import list_parts, rank_and_world
 
 log = logging.getLogger(__name__)
 
@@ -200,24 +202,31 @@ def _inverse(est)->dict:
     return dict(value=inverse(est["value"]), low=inverse(est["high"]), high=inverse(est["low"]))
 
 # %% ../nbs/stages/08_evaluate.ipynb #79f3619d
-def _setting(default, text:str):
-    "A dataclass field with its help text."
-    if default == {}: return field(default_factory=dict, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
 @dataclass
 class _Scoring:
     "What every evaluation has to settle."
-    limit: int | None = _setting(None, "Use the first rows of each file only.")
-    max_prompt_length: int = _setting(512, "Tokens of a prompt that are kept (the last ones).")
-    max_new_tokens: int = _setting(128, "Longest sample or completion, in tokens.")
-    n_boot: int = _setting(2000, "Bootstrap resamples.")
-    level: float = _setting(.95, "Coverage of the intervals.")
-    points: int = _setting(1000, "Pairs kept for the calibration plot.")
-    batch_tokens: int = _setting(16384, "Tokens scored at once.")
-    seed: int = _setting(0, "Seed of samples and bootstrap, the same for every policy.")
-    dtype: str | None = _setting(None, "Precision of the models; float32 if absent.")
-    device: str = _setting("auto", "'auto' takes the accelerator if there is one; 'cpu', 'cuda:1'.")
+    limit: int | None = option(None, "Use the first rows of each file only.")
+    max_prompt_length: int = option(512, "Tokens of a prompt that are kept (the last ones).")
+    max_new_tokens: int = option(128, "Longest sample or completion, in tokens.")
+    n_boot: int = option(2000, "Bootstrap resamples.")
+    level: float = option(.95, "Coverage of the intervals.")
+    points: int = option(1000, "Pairs kept for the calibration plot.")
+    batch_tokens: int = option(16384, "Tokens scored at once.", decides=False)
+    seed: int = option(0, "Seed of samples and bootstrap, the same for every policy.")
+    dtype: str | None = option(None, "Precision of the models; float32 if absent.")
+    device: str = option("auto", "'auto' takes the accelerator if there is one; 'cpu', 'cuda:1'.",
+                         decides=False)
+
+    def __post_init__(self):
+        check_required(self)
+        check_least(self, limit=1, max_prompt_length=1, max_new_tokens=1, n_boot=1, points=0,
+                    batch_tokens=1, seed=0)
+        if not 0 < self.level < 1:
+            raise InputError(f"level is {self.level}. Set it between 0 and 1, for example to 0.95.")
+        pick_device(self.device)
+        as_dtype(self.dtype)
+        judges = filter(None, (getattr(self, name, None) for name in JUDGES))
+        for judge in filter(is_function, judges): load_function(judge)
 
     @property
     def boot(self)->dict: return dict(n_boot=self.n_boot, level=self.level, seed=self.seed)
@@ -225,21 +234,37 @@ class _Scoring:
 @dataclass
 class EvaluateConfig(_Scoring):
     "What to evaluate, against what, and how thoroughly."
-    policies: dict[str, str] = _setting({}, "Name → model folder; 'sft' is added by itself.")
-    methods: dict[str, dict] = _setting({}, "Name → {method, strength, value}, for the frontier.")
-    reference: str = _setting("", "SFT model: the reference of every KL, and the policy 'sft'.")
-    prompts: str = _setting("", "Test prompts.")
-    ood_prompts: str | None = _setting(None, "Prompts out of distribution.")
-    reward: str | None = _setting(None, "Judge: reward model folder or 'module:function'.")
-    gold: str | None = _setting(None, "A second judge, likewise.")
-    candidates: str | None = _setting(None, "Held-out scored candidates, for calibration.")
-    output_dir: str = _setting("evaluate", "Where samples and summary.json go.")
-    n: int = _setting(4, "Samples per prompt.")
-    temperature: float = _setting(1., "Sampling temperature; KL is measured at 1 only.")
-    top_p: float = _setting(1., "Nucleus; KL is measured at 1 only.")
-    top_k: int = _setting(0, "Likeliest tokens to draw from, 0: all; KL is measured at 0 only.")
-    tie_tolerance: float = _setting(1e-6, "Reward gaps up to this size are ties.")
-    batch_size: int = _setting(16, "Prompts sampled at once.")
+    policies: dict[str, str] = option({}, "Name → model folder; 'sft' is added by itself.",
+                                      source=True)
+    methods: dict[str, dict] = option({}, "Name → {method, strength, value}, for the frontier.")
+    reference: str = option(REQUIRED, "SFT model: the reference of every KL, and the policy 'sft'.",
+                            source=True)
+    prompts: str = option(REQUIRED, "Test prompts.", source=True)
+    ood_prompts: str | None = option(None, "Prompts out of distribution.", source=True)
+    reward: str | None = option(None, "Judge: reward model folder or 'module:function'.",
+                                source=True)
+    gold: str | None = option(None, "A second judge, likewise.", source=True)
+    candidates: str | None = option(None, "Held-out scored candidates, for calibration.",
+                                    source=True)
+    output_dir: str = option("evaluate", "Where samples and summary.json go.", decides=False)
+    n: int = option(4, "Samples per prompt.")
+    temperature: float = option(1., "Sampling temperature; KL is measured at 1 only.")
+    top_p: float = option(1., "Nucleus; KL is measured at 1 only.")
+    top_k: int = option(0, "Likeliest tokens to draw from, 0: all; KL is measured at 0 only.")
+    tie_tolerance: float = option(1e-6, "Reward gaps up to this size are ties.")
+    batch_size: int = option(16, "Prompts sampled at once.", decides=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(self, tie_tolerance=0)
+        sampling(self, self.reference, self.prompts, "samples")
+        for name in self.methods:
+            if name not in {"sft", *self.policies}:
+                raise InputError(f"methods names '{name}', which is no policy. "
+                                 + did_you_mean(name, self.policies))
+        if self.policies.get("sft", self.reference) != self.reference:
+            raise InputError("The name 'sft' stands for the reference. Give that policy another "
+                             "name.")
 
     @property
     def on_policy(self)->bool:
@@ -257,9 +282,8 @@ class Table:
     def get(self, key:str)->list: return [row[key] for row in self.rows]
 
 def source_mark(source:str)->str: # twelve hexadecimal digits
-    "Stands for a model folder's content, or for a judge function and the file that defines it."
-    if not is_function(source): return fingerprint(source_key(source))[:12]
-    return fingerprint([source, source_key(inspect.getfile(load_function(source)))])[:12]
+    "Stands for the content of a model folder, or of a judge function, in the name of a file."
+    return fingerprint(source_key(source))[:12]
 
 def add_column(tables:list, # of Table
                name:str, # key in their `columns`
@@ -315,21 +339,20 @@ def add_rewards(tables:list, name:str, judge:str, config)->None:
 
 # %% ../nbs/stages/08_evaluate.ipynb #e11a4a67
 SAMPLING = ("n", "temperature", "top_p", "top_k", "max_prompt_length", "max_new_tokens", "limit",
-            "batch_size", "seed", "dtype")
+            "batch_size", "seed", "dtype", "device")
 
-def _sampling(config, policy:str, prompts:str, folder)->SampleConfig:
+def sampling(config, policy:str, prompts:str, folder)->SampleConfig:
     "The settings by which every policy is sampled."
-    settings = {k: getattr(config, k) for k in SAMPLING}
     return SampleConfig(policy=policy, prompts=prompts, output_dir=str(folder),
-                        device=config.device, **settings)
+                        **{name: getattr(config, name) for name in SAMPLING})
 
-def sample_policy(name:str, split:str, prompts:str, mark:str, config)->Path:
+def sample_policy(name:str, split:str, prompts:str, config)->Path:
     "Sample one policy on one split where that is not done: same prompts and seed for every policy."
-    decisive = {k: getattr(config, k) for k in SAMPLING if k != "batch_size"}
-    key = fingerprint([mark, source_key(prompts), decisive])[:12]
+    wanted = sampling(config, config.policies[name], prompts, config.output_dir)
     safe_name = re.sub(r"[^A-Za-z0-9_.=-]+", "_", name)
+    key = fingerprint(config_key(wanted))[:12]
     folder = Path(config.output_dir)/"samples"/f"{safe_name}-{split}-{key}"
-    sample(_sampling(config, config.policies[name], prompts, folder))
+    sample(replace(wanted, output_dir=str(folder)))
     return folder
 
 def read_table(folder:Path)->Table:
@@ -414,40 +437,9 @@ def frontier(policies:dict, # the summary's policies
     def strength(point): return point["value"] is None, point["value"] or 0
     return {method: sorted(points, key=strength) for method, points in lines.items()}
 
-# %% ../nbs/stages/08_evaluate.ipynb #31aeeaf0
-def require(config, **what)->None: # field → what it should name
-    "Raise `InputError` for the first of these fields that is empty."
-    for key, meaning in what.items():
-        if not getattr(config, key): raise InputError(f"{key} is not set. Give {meaning}.")
-
-def check_scoring(config:_Scoring)->None:
-    "Raise `InputError` where a setting of any evaluation makes no sense."
-    check_least(config, limit=1, max_prompt_length=1, max_new_tokens=1, n_boot=1, points=0,
-                batch_tokens=1, seed=0)
-    if not 0 < config.level < 1:
-        raise InputError(f"level is {config.level}. Set it between 0 and 1, for example to 0.95.")
-    pick_device(config.device)
-    as_dtype(config.dtype)
-    judges = filter(None, (getattr(config, name, None) for name in JUDGES))
-    for judge in filter(is_function, judges): load_function(judge)
-
-def check_config(config:EvaluateConfig)->None:
-    "Raise `InputError` saying what is wrong."
-    require(config, reference="the folder of the SFT model", prompts="a file of test prompts")
-    check_scoring(config)
-    check_least(config, tie_tolerance=0)
-    check_sampling(_sampling(config, "reference", config.prompts, ""))
-    for name in config.methods:
-        if name not in {"sft", *config.policies}:
-            raise InputError(f"methods names '{name}', which is no policy. "
-                             + did_you_mean(name, config.policies))
-    if config.policies.get("sft", config.reference) != config.reference:
-        raise InputError("The name 'sft' stands for the reference. Give that policy another name.")
-
 # %% ../nbs/stages/08_evaluate.ipynb #f4e12764
 def evaluate(config:EvaluateConfig)->dict: # the summary, also in output_dir/summary.json
     "Sample every policy on the same prompts; measure reward, KL, diversity, wins and calibration."
-    check_config(config)
     config = replace(config, policies={"sft": config.reference, **config.policies})
     if not config.on_policy:
         log.warning("Samples at temperature %g, top_p %g, top_k %d do not come from the policy "
@@ -455,7 +447,7 @@ def evaluate(config:EvaluateConfig)->dict: # the summary, also in output_dir/sum
     for path in config.policies.values(): check_same_tokenizer(path, config.reference)
     marks = {name: source_mark(path) for name, path in config.policies.items()}
     splits = {k: v for k, v in dict(test=config.prompts, ood=config.ood_prompts).items() if v}
-    folders = {(name, split): sample_policy(name, split, prompts, marks[name], config)
+    folders = {(name, split): sample_policy(name, split, prompts, config)
                for name in config.policies for split, prompts in splits.items()}
     if rank_and_world()[0]: return {}  # processes share the sampling; the first one measures
     tables = {key: read_table(folder) for key, folder in folders.items()}
@@ -518,26 +510,26 @@ def show(est:dict, digits:int=3)->str: # '0.52 [0.47, 0.58]'
 @dataclass
 class DiagnoseConfig(_Scoring):
     "Two models and scored candidates."
-    policy: str = _setting("", "The trained model: folder, adapter folder or hub name.")
-    reference: str = _setting("", "The model that it was trained from.")
-    candidates: str = _setting("", "Candidates {prompt, completions, rewards}, a prompt a row.")
-    reward: str | None = _setting(None, "Judge that scores them anew: folder or 'module:function'.")
-    output_dir: str = _setting("diagnose", "Where diagnose.json, .md and calibration.png go.")
-    sigma: str = _setting("prompt", "'prompt': σ of each prompt; 'dataset': one σ (for n = 2).")
-    gamma: float | None = _setting(None, "γ of the training, if known: a line in the figure.")
-    max_new_tokens: int = _setting(512, "Tokens of a completion that are kept, where it is text.")
+    policy: str = option(REQUIRED, "The trained model: folder, adapter folder or hub name.",
+                         source=True)
+    reference: str = option(REQUIRED, "The model that it was trained from.", source=True)
+    candidates: str = option(REQUIRED,
+        "Candidates {prompt, completions, rewards}, one prompt per row.", source=True)
+    reward: str | None = option(None,
+        "Judge that scores them anew: folder or 'module:function'.", source=True)
+    output_dir: str = option("diagnose", "Where diagnose.json, .md and calibration.png go.",
+                             decides=False)
+    sigma: str = option("prompt", "'prompt': σ of each prompt; 'dataset': one σ (for n = 2).")
+    gamma: float | None = option(None, "γ of the training, if known: a line in the figure.")
+    max_new_tokens: int = option(512, "Tokens of a completion that are kept, where it is text.")
 
-def check_diagnosis(config:DiagnoseConfig)->None:
-    "Raise `InputError` saying what is wrong."
-    require(config, policy="a model folder", reference="a model folder", candidates="a file")
-    check_scoring(config)
-    if config.sigma not in SIGMAS:
-        raise InputError(f"sigma is {config.sigma!r}. {did_you_mean(config.sigma, SIGMAS)}")
-    if config.gamma is not None: check_above(config, gamma=0)
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("sigma", self.sigma, SIGMAS)
+        if self.gamma is not None: check_above(self, gamma=0)
 
 def diagnose(config:DiagnoseConfig)->dict: # `calibration`'s result and what it was measured on
     "Calibration of any causal LM; writes diagnose.json, diagnose.md and calibration.png."
-    check_diagnosis(config)
     check_same_tokenizer(config.policy, config.reference)
     table, dropped = candidate_table(config, load_tokenizer(config.policy), config.reward)
     if config.reward: _score_anew(table, config)

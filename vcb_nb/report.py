@@ -12,11 +12,13 @@ __all__ = ['STYLE', 'JUDGE_NAMES', 'METHODS_NOTE', 'Heading', 'Text', 'Table', '
 
 # %% ../nbs/runs/04_report.ipynb #a5b56bab
 import base64, html, json, re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from .artifacts import InputError, atomic_write, finished_stages, read_json, read_manifest
+from .artifacts import (MANIFEST, InputError, atomic_write, finished_stages, read_json,
+                              read_manifest)
 from .figures import (figure_bytes, plot_calibration, plot_frontier, plot_margins,
                             plot_reliability, plot_rewards, plot_training_curves, run_label)
+from .settings import REQUIRED, check_least, check_required, option
 
 # %% ../nbs/runs/04_report.ipynb #d27ba317
 @dataclass
@@ -286,17 +288,24 @@ def sample_blocks(summary:dict, samples:dict, # policy → list of rows {prompt,
     return blocks
 
 # %% ../nbs/runs/04_report.ipynb #226666b0
-def _option(default, help): return field(default=default, metadata={"help": help})
-
 @dataclass
 class ReportConfig:
     "Which run to report, and how."
-    run: str = field(metadata={"help": "The run folder."})
-    output_dir: str = _option(None, "Folder of the report.")
-    parts: list[str] | None = _option(
-        None, "Stages to report; by default all that the run folder holds.")
-    title: str | None = _option(None, "Title of the page.")
-    samples: int = _option(4, "Prompts whose responses are shown side by side.")
+    run: str = option(REQUIRED, "The run folder.", decides=False)
+    output_dir: str = option(None, "Folder of the report.", decides=False)
+    parts: list[str] | None = option(None,
+        "Manifests of the stages to report; by default all that the run folder has.", source=True)
+    title: str | None = option(None, "Title of the page.")
+    samples: int = option(4, "Prompts whose responses are shown side by side.")
+
+    def __post_init__(self):
+        check_required(self)
+        check_least(self, samples=0)
+        if not Path(self.run).is_dir() and not self.parts:
+            raise InputError(f"There is no run folder {self.run}. Run a recipe first: "
+                             "vcb run RECIPE.")
+        self.parts = self.parts or [str(Path(self.run)/name/MANIFEST)
+                                    for name in finished_stages(self.run) if name != "report"]
 
 def _samples(run:Path, summary:dict)->dict:
     "The stored samples of every policy on the test prompts."
@@ -309,9 +318,7 @@ def _samples(run:Path, summary:dict)->dict:
 def report(config:ReportConfig)->dict: # where the pages lie
     "Write `index.html`, `report.md` and `figures/` from what a run has left."
     run, out = Path(config.run), Path(config.output_dir or Path(config.run)/"report")
-    if not run.is_dir():
-        raise InputError(f"There is no run folder {run}. Run a recipe first: vcb run RECIPE.")
-    parts = config.parts or [p for p in finished_stages(run) if p != "report"]
+    parts = [Path(part).parent.relative_to(run).as_posix() for part in config.parts]
     path = run/"evaluate"/"summary.json"
     title = config.title or f"Value-based Calibration: {run.name}"
     blocks = [*pipeline_blocks(run, parts), *reward_blocks(run)]

@@ -6,8 +6,8 @@ Docs: https://vcb-nb.github.io/vcb_nb/stages/reward.html.md"""
 
 # %% auto #0
 __all__ = ['bradley_terry_loss', 'encode_pair', 'collate_pairs', 'split_scores', 'pair_loss', 'wilson_interval',
-           'reliability_table', 'bootstrap_interval', 'reward_metrics', 'RewardConfig', 'check_config',
-           'reward_datasets', 'reward_trainer', 'held_out_report', 'train_reward']
+           'reliability_table', 'bootstrap_interval', 'reward_metrics', 'RewardConfig', 'reward_datasets',
+           'reward_trainer', 'held_out_report', 'train_reward']
 
 # %% ../nbs/stages/03_reward.ipynb #e1602070
 from dataclasses import dataclass
@@ -19,12 +19,13 @@ import torch
 from torch.nn import functional as F
 from transformers import set_seed
 
-from .artifacts import InputError, check_least, write_json
+from .artifacts import InputError, write_json
 from .data import encode_completion, encode_prompt, load_pairs, load_rows
 from .models import (add_lora, as_dtype, check_lora, load_tokenizer, new_reward_model,
                            pad_rows)
+from .settings import REQUIRED, check_least, check_required, option
 from .training import (EvenTrainer, TrainingDefaults, check_share, checkpoint_args, final_loss,
-                             held_out_split, option, remove_checkpoints, run_training)
+                             held_out_split, remove_checkpoints, run_training)
 
 # %% ../nbs/stages/03_reward.ipynb #9e90d8fd
 def bradley_terry_loss(chosen, # [pairs] rewards of the preferred completions
@@ -129,13 +130,16 @@ def reward_metrics(chosen, rejected, # [pairs] rewards
 @dataclass
 class RewardConfig(TrainingDefaults):
     "Train a reward model on pairs, from the SFT policy's trunk."
-    output_dir: str = option("runs/reward", "Folder for everything this stage writes.")
-    model: str | None = option(None, "SFT policy whose trunk is used: a folder or a hub name.")
+    output_dir: str = option("runs/reward", "Folder for everything this stage writes.", decides=False)
+    model: str = option(REQUIRED, "SFT policy whose trunk is used: a folder or a hub name.",
+                        source=True)
     dtype: str = option("float32",
         "Type of the weights. Mixed precision comes from bf16: true, on float32 weights.")
-    pairs: str | None = option(None,
-        "Comparisons (prompt, chosen, rejected, maybe margin): a file, a folder, or a hub name.")
-    eval_pairs: str | None = option(None, "Held-out pairs. None takes eval_share of pairs.")
+    pairs: str = option(REQUIRED,
+        "Comparisons (prompt, chosen, rejected, maybe margin): a file, a folder, or a hub name.",
+        source=True)
+    eval_pairs: str | None = option(None, "Held-out pairs. None takes eval_share of pairs.",
+                                    source=True)
     eval_share: float = option(.05, "Share of pairs that is held out; 0 holds out none.")
     use_margin: bool = option(True, "Use the column margin where there is one.")
     center_rewards_coefficient: float | None = option(None,
@@ -150,20 +154,18 @@ class RewardConfig(TrainingDefaults):
     lr_scheduler_type: str = option("cosine", "Learning-rate schedule.")
     warmup_steps: float = option(.05, "Warm-up: a share of all steps if below 1.")
 
-# %% ../nbs/stages/03_reward.ipynb #a92ad0bc
-def check_config(config:RewardConfig)->None:
-    "Stop early on what cannot work."
-    check_least(config, max_prompt_length=1, max_length=2, n_bins=1, center_rewards_coefficient=0)
-    check_share(config.eval_share)
-    check_lora(config.peft_config)
-    as_dtype(config.dtype)
-    for name in ("model", "pairs"):
-        if not getattr(config, name):
-            raise InputError(f"{name} is not set. Name the SFT model and the pairs.")
-    if config.max_prompt_length >= config.max_length:
-        raise InputError(f"max_prompt_length ({config.max_prompt_length}) leaves no room for a "
-                         f"completion in max_length ({config.max_length}). Lower the first.")
+    def __post_init__(self):
+        check_required(self)
+        check_least(self, max_prompt_length=1, max_length=2, n_bins=1, center_rewards_coefficient=0)
+        check_share(self.eval_share)
+        check_lora(self.peft_config)
+        as_dtype(self.dtype)
+        if self.max_prompt_length >= self.max_length:
+            raise InputError(f"max_prompt_length ({self.max_prompt_length}) leaves no room for a "
+                             f"completion in max_length ({self.max_length}). Lower the first.")
+        super().__post_init__()
 
+# %% ../nbs/stages/03_reward.ipynb #a92ad0bc
 def _encode_pairs(dataset, tokenizer, config:RewardConfig):
     "Pairs as ids, `prompt` kept. Pairs that a cut made the same stay, marked `same`."
     if not config.use_margin: dataset = dataset.select_columns(["prompt", "chosen", "rejected"])
@@ -217,7 +219,6 @@ def held_out_report(trainer:EvenTrainer, config:RewardConfig)->dict: # of `rewar
 
 def train_reward(config:RewardConfig)->dict: # accuracy, accuracy_interval, ece, brier, …
     "Run the stage. Leaves `output_dir/model` and `evaluation.json`; continues a killed run."
-    check_config(config)
     set_seed(config.seed)
     tokenizer = load_tokenizer(str(config.model))
     model = new_reward_model(str(config.model), tokenizer, seed=config.seed, dtype=config.dtype)

@@ -6,14 +6,13 @@ Docs: https://vcb-nb.github.io/vcb_nb/stages/sample.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'BACKENDS', 'sampling_probs', 'uniform_draws', 'draw_tokens', 'prefill', 'decode', 'Samples',
-           'sample_candidates', 'sample_seed', 'load_vllm', 'vllm_candidates', 'SampleConfig', 'check_config',
-           'encode_prompts', 'check_prompts', 'sample_key', 'decode_texts', 'load_sampler', 'summarise_samples',
-           'sample']
+           'sample_candidates', 'sample_seed', 'load_vllm', 'vllm_candidates', 'SampleConfig', 'encode_prompts',
+           'check_prompts', 'decode_texts', 'load_sampler', 'summarise_samples', 'sample']
 
 # %% ../nbs/stages/04_sample.ipynb #63801ebc
 import logging, math, os, time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, DynamicCache
 
-from .artifacts import InputError, Progress, check_least, did_you_mean
+from .artifacts import InputError, Progress
 from .data import encode_prompt, load_prompts, load_rows
 from .models import (accepts, as_dtype, context_length, evaluating, load_policy,
                            load_tokenizer, model_folder, pad_rows, pick_device, unwrap)
-from .shards import (claim_folder, list_parts, make_parts, pending_parts, source_key,
-                           wait_for_parts)
+from .settings import (REQUIRED, check_choice, check_least, check_required,
+                             option)
+from .shards import claim_folder, list_parts, make_parts, pending_parts, wait_for_parts
 
 log = logging.getLogger(__name__)
 
@@ -249,58 +249,49 @@ def _vllm_sample(out, eos_id, max_new_tokens)->tuple: # token ids, log π(y|x)
                      f"{out.finish_reason!r}). Run again: finished parts are kept.")
 
 # %% ../nbs/stages/04_sample.ipynb #ac5aa6ee
+BACKENDS = ("transformers", "vllm")
+
 @dataclass
 class SampleConfig:
     "What to sample, from which policy, and where to."
-    policy: str = field(metadata={"help": "Model folder or hub name to draw from: the SFT model."})
-    prompts: str = field(metadata={
-        "help": "File, folder or hub name with prompts; each distinct one is used once."})
-    output_dir: str = field(metadata={
-        "help": "Folder for the parts: output_dir/data/part-00000-of-00012.jsonl"})
-    n: int = field(default=8, metadata={"help": "Samples per prompt; values need 3 or more."})
-    temperature: float = field(default=1., metadata={
-        "help": "Flattens (> 1) or sharpens (< 1) the distribution; 0 is greedy."})
-    top_p: float = field(default=1., metadata={
-        "help": "Draw from the likeliest tokens that reach this probability."})
-    top_k: int = field(default=0, metadata={
-        "help": "Draw from this many likeliest tokens; 0 is no limit."})
-    max_prompt_length: int = field(default=512, metadata={
-        "help": "Tokens of a prompt; a longer one loses its beginning."})
-    max_new_tokens: int = field(default=128, metadata={
-        "help": "Most tokens of a sample, EOS included."})
-    backend: str = field(default="transformers", metadata={
-        "help": "'transformers', or 'vllm' (pip install vcb-nb[vllm]; not run by us yet)."})
-    batch_size: int = field(default=16, metadata={
-        "help": "Prompts decoded at once: n times as many rows. vLLM sizes its own batches."})
-    shard_size: int = field(default=128, metadata={
-        "help": "Prompts per part; a kill loses one part at most."})
-    limit: int | None = field(default=None, metadata={"help": "Use the first prompts only."})
-    seed: int = field(default=0, metadata={"help": "Seed of the samples."})
-    dtype: str | None = field(default=None, metadata={
-        "help": "Precision, e.g. bfloat16; float32 if not given."})
-    device: str = field(default="auto", metadata={
-        "help": "'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."})
+    policy: str = option(REQUIRED, "Model folder or hub name to draw from: the SFT model.",
+                         source=True)
+    prompts: str = option(REQUIRED,
+        "File, folder or hub name with prompts; each distinct one is used once.", source=True)
+    output_dir: str = option(REQUIRED,
+        "Folder for the parts: output_dir/data/part-00000-of-00012.jsonl", decides=False)
+    n: int = option(8, "Samples per prompt; values need 3 or more.")
+    temperature: float = option(1.,
+        "Flattens (> 1) or sharpens (< 1) the distribution; 0 is greedy.")
+    top_p: float = option(1., "Draw from the likeliest tokens that reach this probability.")
+    top_k: int = option(0, "Draw from this many likeliest tokens; 0 is no limit.")
+    max_prompt_length: int = option(512, "Tokens of a prompt; a longer one loses its beginning.")
+    max_new_tokens: int = option(128, "Most tokens of a sample, EOS included.")
+    backend: str = option("transformers",
+        "'transformers', or 'vllm' (pip install vcb-nb[vllm]; not run by us yet).")
+    batch_size: int = option(16,
+        "Prompts decoded at once: n times as many rows. vLLM sizes its own batches.", decides=False)
+    shard_size: int = option(128, "Prompts per part; a kill loses one part at most.")
+    limit: int | None = option(None, "Use the first prompts only.")
+    seed: int = option(0, "Seed of the samples.")
+    dtype: str | None = option(None, "Precision, e.g. bfloat16; float32 if not given.")
+    device: str = option("auto", "'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'.", decides=False)
 
-BACKENDS = ("transformers", "vllm")
-
-def check_config(config:SampleConfig)->None:
-    "Raise `InputError` where a setting makes no sense."
-    least = dict(n=1, max_prompt_length=1, max_new_tokens=1, batch_size=1, shard_size=1, limit=1,
-                 top_k=0, temperature=0, seed=0)
-    check_least(config, **least)
-    pick_device(config.device)
-    as_dtype(config.dtype)
-    if not 0 < config.top_p <= 1:
-        raise InputError(f"top_p is {config.top_p}. Set it above 0 and to at most 1.")
-    if config.backend not in BACKENDS:
-        raise InputError(f"There is no backend '{config.backend}'. "
-                         + did_you_mean(config.backend, BACKENDS))
-    if config.backend == "vllm" and config.device != "auto":
-        raise InputError(f"device is {config.device}, and vLLM takes the first GPU it sees. Leave "
-                         "device at auto, and choose the GPU by CUDA_VISIBLE_DEVICES.")
-    if config.temperature == 0 and config.n > 1:
-        raise InputError(f"temperature 0 makes all n={config.n} samples of a prompt the same. "
-                         "Set n to 1, or the temperature above 0.")
+    def __post_init__(self):
+        check_required(self)
+        check_least(self, n=1, max_prompt_length=1, max_new_tokens=1, batch_size=1, shard_size=1,
+                    limit=1, top_k=0, temperature=0, seed=0)
+        pick_device(self.device)
+        as_dtype(self.dtype)
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}. Set it above 0 and to at most 1.")
+        check_choice("backend", self.backend, BACKENDS)
+        if self.backend == "vllm" and self.device != "auto":
+            raise InputError(f"device is {self.device}, but vLLM takes the first GPU it sees. Leave "
+                             "device at auto, and choose the GPU with CUDA_VISIBLE_DEVICES.")
+        if self.temperature == 0 and self.n > 1:
+            raise InputError(f"temperature 0 makes all n={self.n} samples of a prompt the same. "
+                             "Set n to 1, or the temperature above 0.")
 
 # %% ../nbs/stages/04_sample.ipynb #caaf8ea3
 def encode_prompts(tokenizer, # the policy's
@@ -322,14 +313,6 @@ def check_prompts(config, prompts:list, prompt_ids:list, context:int=None)->None
             raise InputError(f"{where} has {len(ids)} tokens, and with {config.max_new_tokens} new "
                              f"tokens it passes the model's context of {context}. "
                              "Lower max_prompt_length or max_new_tokens.")
-
-# %% ../nbs/stages/04_sample.ipynb #63d39fa7
-def sample_key(config:SampleConfig)->dict: # JSON-able
-    "All that the parts depend on; not batch size and device, which change rounding only."
-    names = ("n", "temperature", "top_p", "top_k", "max_prompt_length", "max_new_tokens",
-             "shard_size", "limit", "seed", "dtype", "backend")
-    sources = {name: source_key(getattr(config, name)) for name in ("policy", "prompts")}
-    return {**sources, **{name: getattr(config, name) for name in names}}
 
 # %% ../nbs/stages/04_sample.ipynb #c595cd44
 def decode_texts(tokenizer, completion_ids:list)->list:
@@ -384,12 +367,11 @@ def summarise_samples(folder)->dict:
 # %% ../nbs/stages/04_sample.ipynb #1e8fe62d
 def sample(config:SampleConfig)->dict: # summary: counts, mean length, shares, tokens_per_second
     "Sample every prompt into `output_dir/data`; goes on where an earlier call stopped."
-    check_config(config)
     prompts = load_prompts(config.prompts)["prompt"][:config.limit]
     tokenizer = load_tokenizer(config.policy)
     prompt_ids, truncated = encode_prompts(tokenizer, prompts, config.max_prompt_length)
     check_prompts(config, prompts, prompt_ids)
-    claim_folder(config.output_dir, sample_key(config))
+    claim_folder(config)
     total, speed = math.ceil(len(prompts) / config.shard_size), None
     if pending_parts(config.output_dir, total):
         speed = _sample_parts(config, tokenizer, prompts, prompt_ids, total)
