@@ -171,7 +171,7 @@ def _trusting(options):
     if given != "true":
         raise InputError(f"--trust_remote_code takes no value, and '{given}' was read as one. "
                          "Put the option last.")
-    from vcb_nb.models import trusting_remote_code
+    from vcb_nb.hub import trusting_remote_code
     return trusting_remote_code()
 
 class Stopped(KeyboardInterrupt):

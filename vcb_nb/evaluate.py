@@ -25,13 +25,14 @@ from .artifacts import (InputError, atomic_write, check_above, check_least, did_
                               fingerprint, read_json, write_json)
 from .data import attach_ids, load_candidates, load_rows
 from .figures import figure_bytes, plot_diagnosis
+from .loading import load_policy
 from .logprobs import score_logps
 from .losses import reward_sigma
-from .models import (as_dtype, check_same_tokenizer, load_policy, load_tokenizer,
-                           pick_device)
+from .models import as_dtype, pick_device
 from .sample import SampleConfig, check_config as check_sampling, sample
 from .score import checked_numbers, is_function, load_function, load_judge
 from .shards import list_parts, rank_and_world, source_key
+from .tokenizers import check_same_tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from transformers.trainer_utils import TrainOutput
 
 from .artifacts import (InputError, Progress, check_above, check_least, did_you_mean,
                               fingerprint, read_json, write_json, write_jsonl)
-from .models import save_model
+from .saving import save_model
 
 # %% ../nbs/foundations/17_training.ipynb #bad11747
 log = logging.getLogger(__name__)
