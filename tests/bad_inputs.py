@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from vcb_nb.artifacts import write_json, write_jsonl
 from vcb_nb.data import train_tokenizer
-from vcb_nb.models import new_policy, new_reward_model, save_model
+from vcb_nb.loading import new_reward_model
+from vcb_nb.models import new_policy
 from vcb_nb.sample import SampleConfig, sample
+from vcb_nb.saving import save_model
 from vcb_nb.score import ScoreConfig, score
 
 SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,

@@ -9,7 +9,8 @@ MODULES = sorted(p.stem for p in (ROOT/"vcb_nb").glob("*.py") if not p.stem.star
 
 # Each layer may import the layers before it, and within a layer what stands before it.
 LAYERS = [["losses"], ["worlds"], ["plots"], ["figures", "explorables"], ["widgets"],
-          ["artifacts"], ["settings"], ["shards"], ["data", "world", "models"],
+          ["artifacts"], ["settings"], ["shards"], ["data", "world", "hub"], ["tokenizers"],
+          ["models"], ["adapters"], ["loading"], ["saving", "batches"],
           ["packing"], ["prepare", "logprobs", "training"],
           ["sft", "reward", "sample", "calibrate"], ["score"], ["evaluate"],
           ["live"], ["stages"], ["recipes"], ["pipeline"], ["report"], ["cli"]]

@@ -16,11 +16,15 @@ from datasets import Dataset
 from transformers import GPT2TokenizerFast
 
 from vcb_nb import calibrate as stage
+from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError, write_jsonl
 from vcb_nb.calibrate import CalibrationConfig, CalibrationTrainer, calibrate
-from vcb_nb.losses import LOSSES, preference_loss
-from vcb_nb.models import add_lora, load_policy, new_policy, save_model, separate_padding
+from vcb_nb.loading import load_policy
 from vcb_nb.logprobs import score_logps
+from vcb_nb.losses import LOSSES, preference_loss
+from vcb_nb.models import new_policy
+from vcb_nb.saving import save_model
+from vcb_nb.tokenizers import separate_padding
 from vcb_nb.training import read_curve
 
 close = torch.testing.assert_close
@@ -384,7 +388,8 @@ import json, os, sys, torch
 torch.set_num_threads(1)
 from datasets import Dataset
 from vcb_nb.calibrate import CalibrationConfig, CalibrationTrainer
-from vcb_nb.models import load_policy, load_tokenizer
+from vcb_nb.loading import load_policy
+from vcb_nb.tokenizers import load_tokenizer
 sft, folder, size, accumulate, reference = sys.argv[1:]
 rows = [json.loads(line) for line in open(os.path.join(folder, "rows.jsonl"))]
 args = CalibrationConfig(

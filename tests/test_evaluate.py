@@ -10,6 +10,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from vcb_nb import figures
+from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError, read_json, write_jsonl
 from vcb_nb.data import load_rows, train_tokenizer
 from vcb_nb.evaluate import (DiagnoseConfig, EvaluateConfig, bootstrap_interval, calibration,
@@ -17,9 +18,11 @@ from vcb_nb.evaluate import (DiagnoseConfig, EvaluateConfig, bootstrap_interval,
                              diagnose, distinct_n, distinct_share, estimate, evaluate, frontier,
                              kl_estimates, padded, ranks, sigmas, slope, source_mark,
                              win_tie_lose)
+from vcb_nb.loading import load_policy, new_reward_model
 from vcb_nb.logprobs import score_logps
 from vcb_nb.losses import calibration_metrics
-from vcb_nb.models import add_lora, load_policy, new_policy, new_reward_model, save_model
+from vcb_nb.models import new_policy
+from vcb_nb.saving import save_model
 from vcb_nb.worlds import enumerate_strings
 
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)

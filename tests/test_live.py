@@ -13,7 +13,8 @@ from vcb_nb.artifacts import InputError
 from vcb_nb.calibrate import CalibrationConfig, CalibrationTrainer
 from vcb_nb.live import LivePlot, curve, draw_run, watched_ratios
 from vcb_nb.logprobs import score_logps
-from vcb_nb.models import new_policy, save_model
+from vcb_nb.models import new_policy
+from vcb_nb.saving import save_model
 
 ROOT = Path(__file__).parent.parent
 close = torch.testing.assert_close

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest, torch
 from transformers import GPTNeoXConfig
 
+from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError
-from vcb_nb.losses import preference_loss
 from vcb_nb.logprobs import (_response_logits, candidate_logps, choose_way, collate_candidates,
                              lay_out, score_logps, sequence_logps, token_logps)
-from vcb_nb.models import add_lora, new_policy
+from vcb_nb.losses import preference_loss
+from vcb_nb.models import new_policy
 
 ARCHITECTURES = ["gpt_neox", "gpt2", "llama", "qwen2"]
 EOS, PAD = 0, 1

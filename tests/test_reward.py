@@ -8,12 +8,14 @@ from transformers import TrainerCallback
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.data import encode_completion, encode_prompt, load_pairs
-from vcb_nb.models import (load_reward_model, load_tokenizer, new_policy, new_reward_model,
-                           save_model)
+from vcb_nb.loading import load_reward_model, new_reward_model
+from vcb_nb.models import new_policy
 from vcb_nb.reward import (RewardConfig, bootstrap_interval, bradley_terry_loss, collate_pairs,
                            encode_pair, reliability_table, reward_datasets, reward_metrics,
                            reward_trainer, split_scores, train_reward, wilson_interval)
+from vcb_nb.saving import save_model
 from vcb_nb.score import reward_scores
+from vcb_nb.tokenizers import load_tokenizer
 from vcb_nb.training import read_curve
 
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128)

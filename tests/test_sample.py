@@ -11,12 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError
 from vcb_nb.data import load_candidates
+from vcb_nb.loading import load_policy
 from vcb_nb.logprobs import collate_candidates, sequence_logps
-from vcb_nb.models import add_lora, load_policy, new_policy, save_model
+from vcb_nb.models import new_policy
 from vcb_nb.sample import (SampleConfig, decode, draw_tokens, sample, sample_candidates,
                            sample_seed, sampling_probs, uniform_draws)
+from vcb_nb.saving import save_model
 from vcb_nb.shards import list_parts
 
 ROOT = Path(__file__).parents[1]

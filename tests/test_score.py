@@ -9,9 +9,11 @@ from datasets import load_dataset
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.data import candidates_to_pairs, load_candidates, train_tokenizer
+from vcb_nb.loading import load_reward_model, new_reward_model
 from vcb_nb.losses import reward_sigma
-from vcb_nb.models import load_reward_model, new_policy, new_reward_model, save_model
+from vcb_nb.models import new_policy
 from vcb_nb.sample import SampleConfig, sample
+from vcb_nb.saving import save_model
 from vcb_nb.score import (ScoreConfig, encode_rows, is_function, load_function, load_judge,
                           reward_scores, reward_statistics, same_tokenizer, score, score_rows)
 from vcb_nb.shards import list_parts
@@ -194,7 +196,7 @@ def test_reward_model_with_another_tokenizer_reads_the_text(config, folders):
 
 def test_same_tokenizer(tiny_tokenizer, folders, tmp_path):
     from copy import deepcopy
-    from vcb_nb.models import load_tokenizer
+    from vcb_nb.tokenizers import load_tokenizer
     folder, other = folders
     assert same_tokenizer(tiny_tokenizer, load_tokenizer(folder/"reward"))
     assert not same_tokenizer(tiny_tokenizer, other)

@@ -8,9 +8,12 @@ from transformers import TrainerCallback
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.data import encode_completion, encode_prompt
-from vcb_nb.models import load_policy, load_tokenizer, new_policy, save_model
+from vcb_nb.loading import load_policy
+from vcb_nb.models import new_policy
+from vcb_nb.saving import save_model
 from vcb_nb.sft import (SFTConfig, _make_model, collate_rows, encode_demonstration, pack_texts,
                         sft_datasets, sft_trainer, train_sft)
+from vcb_nb.tokenizers import load_tokenizer
 from vcb_nb.training import last_checkpoint, read_curve
 
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128)

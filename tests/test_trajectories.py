@@ -16,16 +16,19 @@ from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback
 
 from vcb_nb import reward, sft
+from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import write_jsonl
 from vcb_nb.calibrate import CalibrationConfig, CalibrationTrainer
 from vcb_nb.data import encode_completion, encode_prompt
+from vcb_nb.loading import load_policy, load_reward_model, new_reward_model
 from vcb_nb.logprobs import candidate_logps, score_logps
-from vcb_nb.models import (add_lora, load_policy, load_reward_model, load_tokenizer, new_policy,
-                           new_reward_model, save_model)
+from vcb_nb.models import new_policy
 from vcb_nb.packing import HEAD_BYTES
 from vcb_nb.reward import RewardConfig
+from vcb_nb.saving import save_model
 from vcb_nb.score import reward_scores
 from vcb_nb.sft import SFTConfig
+from vcb_nb.tokenizers import load_tokenizer
 from vcb_nb.training import checkpoint_args, read_curve, run_training
 
 STEPS, SIZE, ROWS = 30, 8, 21 # 21 = 8 + 8 + 5: every third step is short

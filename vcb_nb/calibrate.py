@@ -20,14 +20,17 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import set_seed
+from .adapters import add_lora, check_lora
 from .artifacts import InputError
+from .batches import check_context, check_vocabulary
 from .data import attach_ids, load_candidates
+from .loading import load_policy
 from .logprobs import WAYS, choose_way, lay_out, sequence_logps
 from .losses import LOSSES, calibration_metrics, preference_loss, reward_sigma
-from .models import (add_lora, check_context, check_lora, check_same_tokenizer,
-                           check_stored_ids, check_vocabulary, disable_dropout, load_policy,
-                           load_tokenizer, save_model)
+from .models import disable_dropout
+from .saving import save_model
 from .settings import check_choice, check_least, option
+from .tokenizers import check_same_tokenizer, check_stored_ids, load_tokenizer
 from .training import (EvenTrainer, TrainingDefaults, check_share, checkpoint_args,
                              final_evaluation, held_out_split, remove_checkpoints, run_training)
 

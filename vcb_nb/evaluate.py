@@ -25,15 +25,16 @@ from .artifacts import (InputError, atomic_write, did_you_mean, fingerprint, rea
                               write_json)
 from .data import attach_ids, load_candidates, load_rows
 from .figures import figure_bytes, plot_diagnosis
+from .loading import load_policy
 from .logprobs import score_logps
 from .losses import reward_sigma
-from .models import (as_dtype, check_same_tokenizer, load_policy, load_tokenizer,
-                           pick_device)
+from .models import as_dtype, pick_device
 from .sample import SampleConfig, sample
 from .score import checked_numbers, load_judge
 from .settings import (REQUIRED, check_above, check_choice, check_least, check_required,
                              config_key, is_function, load_function, option, source_key)
 from .shards import list_parts, rank_and_world
+from .tokenizers import check_same_tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import io
 import numpy as np
 from matplotlib import pyplot as plt
 
-from .plots import (OTHER_COLOR, base_method, method_color, method_label, method_linestyle,
-                          method_marker, method_style, use_style)
+from .plots import (OTHER_COLOR, base_method, method_color, method_label, method_marker,
+                          method_style, use_style)
 
 # %% ../nbs/foundations/18_figures.ipynb #282dfd77
 JUDGE_LABELS = {"gold": "gold reward", "reward": "reward-model score"}

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .artifacts import InputError, did_you_mean
-from .models import (accepts, candidate_rows, check_batch_ids, check_candidates,
-                           check_context, check_vocabulary, context_length, evaluating, pad_rows,
-                           row_name, token_batches)
+from .batches import (candidate_rows, check_batch_ids, check_candidates, check_context,
+                            check_vocabulary, pad_rows, row_name, token_batches)
+from .models import accepts, context_length, evaluating
 from .packing import (HEAD_BYTES, PackedCandidates, enable_packing, logps_of_logits,
                             pack_candidates, packed_batches, packed_token_logps, supports_packing)
 

@@ -22,7 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .artifacts import InputError
-from .models import accepts, check_batch_ids, check_candidates, unwrap
+from .batches import check_batch_ids, check_candidates
+from .models import accepts, unwrap
 
 # %% ../nbs/foundations/13_packing.ipynb #9b2d592f
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from vcb_nb.artifacts import (LOCK, MANIFEST, PENDING, InputError, changed_outputs, did_you_mean,
-                        fingerprint, list_outputs, read_json, read_manifest, remove_leftovers,
-                        run_lock, write_json, write_manifest)
+                              fingerprint, list_outputs, read_json, read_manifest, remove_leftovers,
+                              run_lock, write_json, write_manifest)
 from vcb_nb.recipes import load_recipe, save_recipe
 from vcb_nb.settings import deciding, differences, load_object, source_key
 from vcb_nb.shards import rank_and_world

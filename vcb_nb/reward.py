@@ -19,13 +19,16 @@ import torch
 from torch.nn import functional as F
 from transformers import set_seed
 
+from .adapters import add_lora, check_lora
 from .artifacts import InputError, write_json
+from .batches import pad_rows
 from .data import encode_completion, encode_prompt, load_pairs, load_rows
-from .models import (add_lora, as_dtype, check_lora, load_tokenizer, new_reward_model,
-                           pad_rows)
+from .loading import new_reward_model
+from .models import as_dtype
 from .settings import REQUIRED, check_least, check_required, option
-from .training import (EvenTrainer, TrainingDefaults, check_share, checkpoint_args, final_loss,
-                             held_out_split, remove_checkpoints, run_training)
+from .tokenizers import load_tokenizer
+from .training import (EvenTrainer, TrainingDefaults, check_share, checkpoint_args,
+                             final_loss, held_out_split, remove_checkpoints, run_training)
 
 # %% ../nbs/stages/03_reward.ipynb #9e90d8fd
 def bradley_terry_loss(chosen, # [pairs] rewards of the preferred completions

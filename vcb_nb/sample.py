@@ -23,12 +23,14 @@ import torch.nn.functional as F
 from transformers import AutoConfig, DynamicCache
 
 from .artifacts import InputError, Progress
+from .batches import pad_rows
 from .data import encode_prompt, load_prompts, load_rows
-from .models import (accepts, as_dtype, context_length, evaluating, load_policy,
-                           load_tokenizer, model_folder, pad_rows, pick_device, unwrap)
-from .settings import (REQUIRED, check_choice, check_least, check_required,
-                             option)
+from .hub import model_folder
+from .loading import load_policy
+from .models import accepts, as_dtype, context_length, evaluating, pick_device, unwrap
+from .settings import REQUIRED, check_choice, check_least, check_required, option
 from .shards import claim_folder, list_parts, make_parts, pending_parts, wait_for_parts
+from .tokenizers import load_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -16,16 +16,17 @@ from pathlib import Path
 import torch
 
 from .artifacts import InputError, Progress
+from .batches import check_candidates, check_endings, check_vocabulary, regroup, row_scores
 from .data import attach_ids, encode_completion, encode_prompt, load_candidates, load_rows
+from .loading import load_policy, load_reward_model
 from .logprobs import in_batches, score_logps
 from .losses import reward_sigma
-from .models import (as_dtype, check_candidates, check_endings, check_stored_ids,
-                           check_vocabulary, load_policy, load_reward_model, load_tokenizer,
-                           pick_device, regroup, row_scores, same_tokenizer)
+from .models import as_dtype, pick_device
 from .packing import pack_candidates, packed_scores
 from .settings import (REQUIRED, check_least, check_required, is_function, load_function,
                              option)
 from .shards import claim_folder, list_parts, make_parts, pending_parts, wait_for_parts
+from .tokenizers import check_stored_ids, load_tokenizer, same_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -18,11 +18,14 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import set_seed
 
+from .adapters import add_lora, check_lora
 from .artifacts import InputError
+from .batches import pad_rows
 from .data import encode_completion, encode_prompt, load_demonstrations, load_rows, load_texts
-from .models import (add_lora, as_dtype, check_architecture, check_lora, load_policy,
-                           load_tokenizer, match_tokenizer, new_policy, pad_rows)
+from .loading import load_policy
+from .models import as_dtype, check_architecture, new_policy
 from .settings import REQUIRED, check_choice, check_least, check_required, option
+from .tokenizers import load_tokenizer, match_tokenizer
 from .training import (EvenTrainer, TrainingDefaults, check_share, checkpoint_args,
                              final_evaluation, final_loss, held_out_split, remove_checkpoints,
                              run_training)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from .artifacts import (InputError, is_altered, read_json, refuse_altered,
-                              write_json, write_sealed)
+from .artifacts import (InputError, is_altered, read_json, refuse_altered, write_json,
+                              write_sealed)
 from .settings import config_key, differences
 
 log = logging.getLogger(__name__)

@@ -24,9 +24,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import TrainOutput
 
 from .artifacts import InputError, Progress, fingerprint, read_json, write_json, write_jsonl
-from .models import save_model
-from .settings import (check_above, check_choice, check_least, config_key, differences,
-                             option)
+from .saving import save_model
+from .settings import check_above, check_choice, check_least, config_key, differences, option
 
 # %% ../nbs/foundations/17_training.ipynb #bad11747
 log = logging.getLogger(__name__)

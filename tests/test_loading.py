@@ -1,0 +1,194 @@
+"""Loading: broken folders are named, adapters are merged, and a reward model's score is read at the
+last token."""
+import json
+from pathlib import Path
+
+import pytest, torch
+from safetensors.torch import load_file, save_file
+from tiny_models import ARCHITECTURES, base, logits, make_tokenizer, sft_adapter, tiny, tokenizer
+from transformers import AutoModelForSequenceClassification
+
+from vcb_nb.adapters import add_lora
+from vcb_nb.artifacts import InputError
+from vcb_nb.loading import load_policy, load_reward_model, new_reward_model
+from vcb_nb.saving import save_model
+from vcb_nb.score import reward_scores
+
+PROMPTS = [[5, 6, 7], [8], [9, 10]]
+COMPLETIONS = [[[9, 10, 0], [11] * 9], [[12, 0], [13, 14], [15] * 4], [[0], [3, 0, 0], [7, 8]]]
+
+
+def break_folder(folder, how):
+    weights = folder/"model.safetensors"
+    if how == "no config": (folder/"config.json").unlink()
+    if how == "broken config": (folder/"config.json").write_text("{")
+    if how == "unknown type": (folder/"config.json").write_text('{"model_type": "nonesuch"}')
+    if how == "no weights": weights.unlink()
+    if how == "pickle": weights.rename(folder/"pytorch_model.bin")
+    if how == "cut off": weights.write_bytes(weights.read_bytes()[:-1000])
+    if how == "a tensor less":
+        tensors = load_file(weights)
+        tensors.pop("gpt_neox.layers.1.attention.dense.weight")
+        save_file(tensors, weights, {"format": "pt"})
+
+
+@pytest.mark.parametrize("how, says", [
+    ("no config", "config.json"), ("broken config", "config.json"), ("unknown type", "config.json"),
+    ("no weights", "no safetensors"), ("pickle", "pickle"), ("cut off", "cannot be loaded"),
+    ("a tensor less", "layers.1.attention.dense.weight")])
+def test_a_broken_folder_is_named(tokenizer, tmp_path, how, says):
+    folder = save_model(tiny(tokenizer), tokenizer, tmp_path/"m")
+    break_folder(folder, how)
+    with pytest.raises(InputError, match=says) as e: load_policy(folder)
+    assert str(folder) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_missing_folder_and_a_name_that_the_hub_lacks(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="no such model folder"): load_policy(tmp_path/"none")
+    with pytest.raises(InputError, match="no such model folder"): load_policy("./none")
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    with pytest.raises(InputError, match="no such model folder"): load_policy("runs/sft")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match="neither a folder nor"):
+        load_policy("nobody/no-such-model")
+
+
+def test_a_reward_model_is_no_policy_and_the_reverse(base, tokenizer, tmp_path):
+    reward = save_model(new_reward_model(base, tokenizer), tokenizer, tmp_path/"rm")
+    with pytest.raises(InputError, match="not a causal language model"): load_policy(reward)
+    with pytest.raises(InputError, match="no score head"): load_reward_model(base)
+
+
+def test_an_adapter_folder_is_loaded_merged(sft_adapter, base):
+    folder, expected = sft_adapter
+    assert not (folder/"model.safetensors").exists()
+    model = load_policy(folder)
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits(load_policy(base)), expected, atol=1e-2)
+
+
+def test_an_adapter_without_its_base_is_named(sft_adapter):
+    folder, _ = sft_adapter
+    settings = json.loads((folder/"adapter_config.json").read_text())
+    for base, says in ((None, "no base model"), ("/nowhere/base", "no such model folder")):
+        (folder/"adapter_config.json").write_text(
+            json.dumps({**settings, "base_model_name_or_path": base}))
+        with pytest.raises(InputError, match=says): load_policy(folder)
+
+
+def oracle(model, prompt, completion):
+    "One row without padding: the score head at the hidden state of the last token."
+    ids = torch.tensor([[*prompt, *completion]])
+    return model.score(model.base_model(ids).last_hidden_state[0, -1]).item()
+
+
+def assert_oracle(model, **kwargs):
+    expected = [[oracle(model, p, c) for c in cs] for p, cs in zip(PROMPTS, COMPLETIONS)]
+    for way in ("rows", "shared"):
+        scores = reward_scores(model, PROMPTS, COMPLETIONS, way=way, **kwargs)
+        for a, b in zip(scores, expected): torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["own pad", "pad is eos", "no pad"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_score_is_read_at_the_last_token(tmp_path, architecture, kind):
+    """Pitfall 20: scores equal the unpadded float64 oracle, in any batch,
+    also where the tokenizer's pad is its EOS."""
+    tokenizer = {"own pad": make_tokenizer("<|padding|>", pad_token="<|padding|>"),
+                 "pad is eos": make_tokenizer(pad_token="<|endoftext|>"),
+                 "no pad": make_tokenizer()}[kind]
+    save_model(tiny(tokenizer, architecture), tokenizer, tmp_path/"sft")
+    model = new_reward_model(tmp_path/"sft", tokenizer)
+    assert model.config.pad_token_id not in (None, 0)
+    for budget in (1, 13, 10_000): assert_oracle(model.double(), batch_tokens=budget)
+    save_model(model.float(), tokenizer, tmp_path/"rm")
+    assert_oracle(load_reward_model(tmp_path/"rm", dtype="float64"))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_score_depends_neither_on_side_nor_on_amount_of_padding(
+        base, tokenizer, tmp_path, architecture):
+    "Pitfall 20: the model's own pooling agrees, for any padding on either side."
+    save_model(tiny(tokenizer, architecture), tokenizer, tmp_path/"sft")
+    model = new_reward_model(tmp_path/"sft", tokenizer).double()
+    row, pad_id = [*PROMPTS[0], *COMPLETIONS[0][0]], model.config.pad_token_id
+    for left, right in ((0, 0), (0, 1), (0, 9), (1, 0), (9, 0), (4, 5)):
+        ids = torch.tensor([[pad_id] * left + row + [pad_id] * right])
+        mask = torch.tensor([[0] * left + [1] * len(row) + [0] * right])
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        score = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.item()
+        assert score == pytest.approx(oracle(model, PROMPTS[0], COMPLETIONS[0][0]), abs=1e-12)
+
+
+def test_a_foreign_reward_model_with_pad_equal_to_eos(base, tmp_path):
+    """Pitfall 20: loading gives it a padding id of its own, from its tokenizer, a free row,
+    or one row more."""
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    model.config.pad_token_id = model.config.eos_token_id = 0
+    shared = {"pad_token": "<|endoftext|>"}
+    for name, saved in (("no tokenizer", None),
+                        ("a pad token", make_tokenizer("<|pad|>", **shared)),
+                        ("a free row", make_tokenizer(**shared))):
+        save_model(model, saved, tmp_path/name)
+        loaded = load_reward_model(tmp_path/name, dtype="float64")
+        assert loaded.config.pad_token_id not in (None, 0)
+        assert_oracle(loaded)
+    assert loaded.get_input_embeddings().num_embeddings == 258
+
+
+def test_the_ending_is_part_of_what_is_scored(base, tokenizer):
+    "Pitfall 21: nothing is appended or cut; a finished and a truncated response score differently."
+    model = new_reward_model(base, tokenizer).double()
+    (finished, cut), = reward_scores(model, [[5, 6]], [[[9, 10, 0], [9, 10]]])
+    assert finished == pytest.approx(oracle(model, [5, 6], [9, 10, 0]), abs=1e-12)
+    assert cut == pytest.approx(oracle(model, [5, 6], [9, 10]), abs=1e-12)
+    assert abs(finished - cut) > 1e-3
+
+
+def test_reward_model_is_the_policys_trunk(sft_adapter, tokenizer):
+    folder, _ = sft_adapter
+    a, b, c = (new_reward_model(folder, tokenizer, seed=s) for s in (0, 0, 1))
+    trunk = load_policy(folder).base_model.state_dict()
+    assert all(torch.equal(v, trunk[k]) for k, v in a.base_model.state_dict().items())
+    assert a.score.weight.shape == (1, 32) and torch.equal(a.score.weight, b.score.weight)
+    assert not torch.equal(a.score.weight, c.score.weight)
+
+
+def test_reward_model_with_lora(base, tokenizer, tmp_path):
+    "The adapter sits in every layer, the head is trained in full, and merging keeps both."
+    model = add_lora(new_reward_model(base, tokenizer), {"r": 2, "init_lora_weights": False})
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert any("score" in n and "lora" not in n for n in trained)
+    assert sum("lora_A" in n for n in trained) == 8
+    model.base_model.model.score.modules_to_save["default"].weight.data.fill_(.5)
+    expected = reward_scores(model, PROMPTS, COMPLETIONS)
+    back = load_reward_model(save_model(model, tokenizer, tmp_path/"rm"))
+    scores = reward_scores(back, PROMPTS, COMPLETIONS)
+    for a, b in zip(scores, expected): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_no_reward_model_is_refused(base, tokenizer, tmp_path):
+    two = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    with pytest.raises(InputError, match="2 numbers"):
+        load_reward_model(save_model(two, None, tmp_path/"two"))
+    folder = save_model(new_reward_model(base, tokenizer), tokenizer, tmp_path/"rm")
+    tensors = load_file(folder/"model.safetensors")
+    tensors.pop("score.weight")
+    save_file(tensors, folder/"model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="score.weight"): load_reward_model(folder)
+    (folder/"model.safetensors").rename(folder/"pytorch_model.bin")
+    with pytest.raises(InputError, match="pickle"): load_reward_model(folder)
+
+
+def test_rows_that_cannot_be_scored_are_named(base, tokenizer):
+    model = new_reward_model(base, tokenizer)
+    for prompts, completions, says in (
+            (PROMPTS, COMPLETIONS[:2], "3 prompts and 2 lists"),
+            ([[5], [6]], [[[7]], [[8], []]], "Completion 1 of prompt 1 is empty"),
+            ([[5], [6]], [[[7]], [[8], [9] * 1024]], "Completion 1 of prompt 1 has 1025 tokens"),
+            ([[5], [6]], [[[7]], [[8], [99999]]], "Prompt 1 has token id 99999"),
+            ([[5]], [[[7], [8, 1]]], "Completion 1 of prompt 0 ends with the padding id 1")):
+        with pytest.raises(InputError, match=says): reward_scores(model, prompts, completions)
+    assert reward_scores(model, [[5], [6]], [[], [[7]]])[0] == []
