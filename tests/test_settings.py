@@ -1,4 +1,5 @@
-"""Settings: one declaration of what a result depends on, values checked as soon as they are known."""
+"""Settings: one declaration of what a result depends on, and values checked as soon as they are
+known."""
 import json
 from dataclasses import dataclass, fields
 

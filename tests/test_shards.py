@@ -104,7 +104,7 @@ def test_a_part_without_a_seal_is_taken_as_it_is(tmp_path):
 def test_parts_whose_settings_are_gone_are_not_continued(tmp_path):
     "Nobody could say whether old and new parts belong together."
     make_parts(tmp_path, 2, lambda i: [{"index": i}])
-    with pytest.raises(InputError, match="settings.json, which says how they were made, is missing"):
+    with pytest.raises(InputError, match="which says how they were made, is missing"):
         claim_folder(DrawConfig(tmp_path))
 
 
@@ -115,4 +115,5 @@ def test_a_folder_keeps_to_its_settings(tmp_path):
     claim_folder(DrawConfig(tmp_path, seed=1))
     make_parts(tmp_path, 2, lambda i: [{"index": i}])
     claim_folder(DrawConfig(tmp_path, seed=1, batch_size=4))
-    with pytest.raises(InputError, match="seed: 1 → 2"): claim_folder(DrawConfig(tmp_path, seed=2))
+    with pytest.raises(InputError, match="seed: 1 → 2"):
+        claim_folder(DrawConfig(tmp_path, seed=2))

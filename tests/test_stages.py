@@ -65,9 +65,11 @@ GIVEN = {
     "report": {"run": ".", "parts": ["a.txt"]}}
 # Another value, where the type alone does not give one that the config takes.
 OTHER = {
-    "world": {"pairs": 11}, "data.pairs": ["b.txt"], "reward.pairs": "b.txt", "model": "b.txt", "architecture": "llama",
+    "world": {"pairs": 11}, "data.pairs": ["b.txt"], "reward.pairs": "b.txt",
+    "model": "b.txt", "architecture": "llama",
     "model_config": {"hidden_size": 64}, "dtype": "bfloat16", "device": "cpu", "policy": "b.txt",
-    "policies": {"vcb": "b.txt"}, "methods": {"sft": {"method": "sft"}}, "backend": "vllm", "calibrate.reference": "live", "pretrain.objective": "completion",
+    "policies": {"vcb": "b.txt"}, "methods": {"sft": {"method": "sft"}}, "backend": "vllm",
+    "calibrate.reference": "live", "pretrain.objective": "completion",
     "objective": "text",
     "loss": "dpo", "loss_params": {"gamma": .5}, "way": "rows", "reference_model": "b.txt",
     "peft_config": {"r": 2}, "temperature": .7, "top_p": .9, "level": .9, "eval_share": .2,

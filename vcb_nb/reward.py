@@ -133,7 +133,8 @@ def reward_metrics(chosen, rejected, # [pairs] rewards
 @dataclass
 class RewardConfig(TrainingDefaults):
     "Train a reward model on pairs, from the SFT policy's trunk."
-    output_dir: str = option("runs/reward", "Folder for everything this stage writes.", decides=False)
+    output_dir: str = option("runs/reward", "Folder for everything this stage writes.",
+                             decides=False)
     model: str = option(REQUIRED, "SFT policy whose trunk is used: a folder or a hub name.",
                         source=True)
     dtype: str = option("float32",

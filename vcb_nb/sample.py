@@ -289,8 +289,8 @@ class SampleConfig:
             raise InputError(f"top_p is {self.top_p}. Set it above 0 and to at most 1.")
         check_choice("backend", self.backend, BACKENDS)
         if self.backend == "vllm" and self.device != "auto":
-            raise InputError(f"device is {self.device}, but vLLM takes the first GPU it sees. Leave "
-                             "device at auto, and choose the GPU with CUDA_VISIBLE_DEVICES.")
+            raise InputError(f"device is {self.device}, but vLLM takes the first GPU it sees. "
+                             "Leave device at auto, and choose the GPU with CUDA_VISIBLE_DEVICES.")
         if self.temperature == 0 and self.n > 1:
             raise InputError(f"temperature 0 makes all n={self.n} samples of a prompt the same. "
                              "Set n to 1, or the temperature above 0.")
@@ -323,7 +323,7 @@ def decode_texts(tokenizer, completion_ids:list)->list:
             for ids in completion_ids]
 
 def load_sampler(config:SampleConfig, tokenizer, prompts:list, prompt_ids:list):
-    "A function (prompt_ids, n, **sampling) → `Samples`, on either backend, with the model loaded."
+    "A function (prompt_ids, n, **sampling) → `Samples` on either backend, its model loaded."
     if config.backend == "vllm":
         folder = _whole_weights(config.policy)
         shape = AutoConfig.from_pretrained(folder).get_text_config()

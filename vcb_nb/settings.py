@@ -157,7 +157,7 @@ def load_function(source:str, # 'module:function'; the module may lie in the wor
 _fingerprints = {} # (path, its stamp) → fingerprint: large files are read once per process
 
 def _content(path:Path)->str:
-    "Fingerprint of a file or folder. A manifest stands for what it records, whenever that was made."
+    "Fingerprint of a file or folder; a manifest stands for the key that it records."
     if path.name == MANIFEST: return read_json(path)["key"]
     stamp = list_outputs(path) if path.is_dir() else path.stat().st_mtime_ns
     key = str(path.absolute()), str(stamp)

@@ -106,7 +106,8 @@ class SFTConfig(TrainingDefaults):
         as_dtype(self.dtype)
         if self.model is None: check_architecture(self.architecture, self.model_config or ())
         if self.model is None and self.tokenizer is None:
-            raise InputError("Neither model nor tokenizer is set. Name a tokenizer for a new model.")
+            raise InputError("Neither model nor tokenizer is set. A new model needs a "
+                             "tokenizer: name one.")
         if self.objective == "completion" and self.max_prompt_length >= self.max_length:
             raise InputError(f"max_prompt_length ({self.max_prompt_length}) leaves no room for a "
                              f"completion in max_length ({self.max_length}). Lower the first.")
