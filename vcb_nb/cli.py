@@ -41,7 +41,7 @@ def truth(text:str)->bool:
     if text.lower() not in _TRUTH: raise argparse.ArgumentTypeError(f"'{text}' is not yes or no")
     return _TRUTH[text.lower()]
 
-# %% ../nbs/runs/05_cli.ipynb #4637360a
+# %% ../nbs/runs/05_cli.ipynb #2f7f2179
 class _Parser(argparse.ArgumentParser):
     "A parser whose errors are `InputError`s, and whose options are joined first."
     def __init__(self, name:str, usage:str, help:str):
@@ -50,11 +50,15 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(f"vcb {name}", f"vcb {name} {usage}", help, allow_abbrev=False,
                          add_help=False, formatter_class=shape)
         self.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+        self.flags = None
 
     def error(self, message): raise InputError(f"{self.prog}: {message}.")
 
     def add_flag(self, name:str, help:str):
-        self.add_argument(f"--{name}", type=truth, default=False, nargs="?", const=True, help=help)
+        "An option that needs no value; these come last."
+        if self.flags is None: self.flags = self.add_argument_group("flags")
+        self.flags.add_argument(f"--{name}", type=truth, default=False, metavar="",
+                          help=help)
 
     def read(self, args:list, also:set=frozenset())->tuple: # (namespace, other options)
         "Parse the words; options that the parser does not know are given back as a dict."
@@ -64,24 +68,24 @@ class _Parser(argparse.ArgumentParser):
         known.words = [word for word in left if not word.startswith("--")]
         return known, dict(word[2:].partition("=")[::2] for word in left if word.startswith("--"))
 
-def _add_common(parser, everything:bool=False)->None:
+def _add_common(parser)->None:
     parser.add_flag("redo", "replace results of other settings or inputs instead of refusing")
     parser.add_flag("trust_remote_code", "run Python code that comes with a model. A recipe cannot "
                     "set it: read that code first")
-    parser.add_flag("help", "show this help" + (", the main options only" if everything else ""))
+    parser.add_flag("help", "show this help")
 
-# %% ../nbs/runs/05_cli.ipynb #1d664944
+# %% ../nbs/runs/05_cli.ipynb #762e8c4c
 def run_parser()->_Parser:
     "The options of `vcb run`."
     parser = _Parser("run", "RECIPE [OPTIONS]", "Run or resume every stage of a recipe. Finished "
                      "stages are skipped, and interrupted ones resume.")
     parser.add_argument("--upto", metavar="STAGE", help="stop after this stage")
-    parser.add_flag("plan", "list the jobs and their states, and do nothing")
-    _add_common(parser)
     for name, help in dict(
             output_dir="folder of the run (default: runs/<name of the recipe>)",
             seed="seed of every stage for which the recipe sets none").items():
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=help)
+    parser.add_flag("plan", "list the jobs and their states, and do nothing")
+    _add_common(parser)
     parser.epilog = "\n".join([
         "Any setting of any stage can be given as --STAGE.SETTING VALUE, for example",
         "  --sample.n 16 --calibrate.methods.vcb.loss_params.gamma .5", "",
@@ -91,7 +95,7 @@ def run_parser()->_Parser:
         f"{', '.join(shipped_recipes())}."])
     return parser
 
-# %% ../nbs/runs/05_cli.ipynb #c20b62ac
+# %% ../nbs/runs/05_cli.ipynb #e563ff29
 def _own_settings(config_class)->list:
     "The settings that this package declares: those of the stage first, then what it shares."
     names = [name for cls in config_class.__mro__ for name in vars(cls).get("__annotations__", ())]
@@ -103,17 +107,16 @@ def _describe(f)->str:
     "A setting's help, with its default."
     if f.metadata.get("required"): default = "required"
     elif f.default_factory is not dataclasses.MISSING: default = f"default: {f.default_factory()}"
-    else: default = f"default: {f.default}"
+    else: default = "" if f.default is None else f"default: {f.default}"
     text = " ".join(f.metadata.get("help", "").split())
-    return f"{text} ({default})".strip().replace("%", "%%") # % is argparse's own
+    return f"{text} {default and f'({default})'}".strip().replace("%", "%%") # argparse's own sign
 
 def stage_parser(stage, # of STAGES
                  everything:bool=False, # describe the inherited settings too?
                 )->_Parser:
     "The options of a stage's command."
-    parser = _Parser(stage.name, "[RECIPE] [OPTIONS]",
-                     f"{stage.help} With a recipe, this stage of it runs with the settings given "
-                     "here;\nwithout one, it runs alone.")
+    parser = _Parser(stage.name, "[RECIPE] [OPTIONS]", f"{stage.help}\nWith a recipe, this stage of "
+                     "it runs with the settings given here. Without one, it runs alone.")
     hints, own = typing.get_type_hints(stage.config_class), _own_settings(stage.config_class)
     inherited = [f for f in dataclasses.fields(stage.config_class) if f.init and f not in own]
     groups = {"settings": own, "settings of transformers.TrainingArguments": inherited}
@@ -123,11 +126,11 @@ def stage_parser(stage, # of STAGES
             kind = inspect.formatannotation(hints[f.name]).replace(" | None", "")
             group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar=f"<{kind}>",
                                help=_describe(f) if everything or f in own else argparse.SUPPRESS)
-    _add_common(parser, everything)
+    _add_common(parser)
     if inherited: parser.add_flag("help_all", "show the settings of TrainingArguments as well")
     return parser
 
-# %% ../nbs/runs/05_cli.ipynb #437a0d34
+# %% ../nbs/runs/05_cli.ipynb #a3141b63
 def _run_recipe(args:list)->None:
     "`vcb run`."
     own, settings = run_parser().read(args)

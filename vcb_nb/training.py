@@ -45,6 +45,7 @@ def _choices()->dict: # name → words
 @dataclass
 class TrainingDefaults(TrainingArguments):
     "`TrainingArguments` with the defaults of this package; base of every training stage's config."
+    output_dir: str | None = option(None, "Folder for everything this stage writes.", decides=False)
     report_to: str | list[str] = option("none",
         "Where to report metrics: 'none', 'tensorboard', 'wandb', …")
     logging_steps: float = option(10, "Steps between two logged losses.")
