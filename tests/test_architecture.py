@@ -66,3 +66,13 @@ def test_library_imports_without_nbdev():
             "for name in ('nbdev', 'fastcore', 'trl', 'execnb', 'vllm'): sys.modules[name] = None\n"
             f"for name in {MODULES!r}: importlib.import_module('vcb_nb.' + name)")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_face_is_lazy_and_whole():
+    "`import vcb_nb` costs nothing; each name that it offers is there, and no other."
+    code = "import sys, vcb_nb; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    import vcb_nb
+    for name in vcb_nb.__all__: assert getattr(vcb_nb, name) is not None
+    assert set(vcb_nb.__all__) <= set(dir(vcb_nb))
+    with pytest.raises(AttributeError, match="has no attribute 'DPOTrainer'"): vcb_nb.DPOTrainer

@@ -9,8 +9,8 @@ __all__ = ['logger', 'SIGMA', 'REFERENCE', 'REMEDY', 'KEPT', 'RECORD', 'REFERENC
            'CalibrationConfig', 'pad_values', 'pooled_sigma', 'check_columns', 'finite_values', 'stored_sigma',
            'pick_candidates', 'all_sigmas', 'prepare_candidates', 'report_rows', 'prepare_dataset', 'CandidateCollator',
            'make_record', 'join_records', 'pair_metrics', 'calibration_of', 'record_metrics', 'PromptTrainer',
-           'fresh_adapter', 'live_reference', 'same_way', 'reference_gap', 'check_lengths', 'CalibrationTrainer',
-           'load_split', 'last_metrics', 'save_adapter', 'calibrate']
+           'fresh_adapter', 'live_reference', 'same_way', 'reference_gap', 'check_lengths', 'source_of',
+           'CalibrationTrainer', 'load_split', 'last_metrics', 'save_adapter', 'calibrate']
 
 # %% ../nbs/stages/06_calibrate.ipynb #40dc2705
 import copy, logging, math, random, time
@@ -27,7 +27,7 @@ from .data import attach_ids, load_candidates
 from .loading import load_policy
 from .logprobs import WAYS, checked_logps, choose_way, lay_out
 from .losses import LOSSES, calibration_metrics, preference_loss, reward_sigma
-from .models import disable_dropout
+from .models import disable_dropout, unwrap
 from .saving import save_model
 from .settings import check_choice, check_least, option
 from .tokenizers import check_same_tokenizer, check_stored_ids, load_tokenizer
@@ -415,6 +415,14 @@ def check_lengths(model, dataset)->None:
     check_vocabulary(model, *ids)
 
 # %% ../nbs/stages/06_calibrate.ipynb #c5ea736e
+def source_of(model, default:str|None=None)->str: # folder or Hub name
+    "Where a model was loaded from, and so where its tokenizer is."
+    given = isinstance(model, (str, Path))
+    found = str(model) if given else getattr(unwrap(model), "name_or_path", "") or default
+    if found: return found
+    raise InputError("The model does not say where it was loaded from, so its tokenizer is not "
+                     "known. Give processing_class.")
+
 class CalibrationTrainer(PromptTrainer):
     """A `transformers.Trainer` for scored candidates: VCB and every loss of `LOSSES`.
 
@@ -423,18 +431,19 @@ class CalibrationTrainer(PromptTrainer):
     `torchrun` or `accelerate launch`.
     """
     def __init__(self, model, # policy: a model, or the folder of one
-                 args:CalibrationConfig,
+                 args:CalibrationConfig=None, # settings; default: those of VCB
                  train_dataset=None, # scored candidates
                  eval_dataset=None, # the same, of other prompts
-                 processing_class=None, # tokenizer; default: the one of `args.model`
+                 processing_class=None, # tokenizer; default: the model's own
                  peft_config:dict|None=None, # LoRA settings; default: `args.peft_config`
                  reference=None, # frozen, for reference='live'; default: the policy at its start
                  **kwargs, # further arguments of `Trainer`: callbacks, optimizers
                 ):
+        args = args or CalibrationConfig(f"{Path(source_of(model, 'model')).name}-VCB")
         if reference is not None and args.reference == "stored":
             raise InputError("A reference model was given, but reference='stored' reads the column "
                              "ref_logps. Set reference='live', or give none.")
-        tokenizer = processing_class or load_tokenizer(args.model)
+        tokenizer = processing_class or load_tokenizer(source_of(model, args.model))
         model = load_policy(model) if isinstance(model, (str, Path)) else model
         set_seed(args.seed) # LoRA draws its first weights
         model = disable_dropout(fresh_adapter(model, peft_config or args.peft_config))
