@@ -554,7 +554,7 @@ def test_other_weights_or_prompts_are_refused(config, tiny_tokenizer, tmp_path):
     "Pitfall 11: the key covers the weights and the rows, not their path."
     sample(replace(config, limit=4))
     other = save_model(tiny(tiny_tokenizer, seed=5), tiny_tokenizer, tmp_path/"other")
-    with pytest.raises(InputError, match="policy was"):
+    with pytest.raises(InputError, match="policy: different content"):
         sample(replace(config, limit=4, policy=str(other)))
     copy = tmp_path/"copy.jsonl"
     copy.write_bytes(Path(config.prompts).read_bytes())

@@ -7,8 +7,8 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/data.html.md"""
 # %% auto #0
 __all__ = ['COLUMN_TYPES', 'IN_MEMORY', 'ASSISTANT', 'HUMAN', 'TLDR', 'DEMONSTRATION_FORMATS', 'PROMPT_FORMATS', 'PER_CANDIDATE',
            'EOS', 'PAD', 'PAIR_MODES', 'load_rows', 'split_dialogue', 'load_pairs', 'load_demonstrations',
-           'load_prompts', 'load_texts', 'load_candidates', 'train_tokenizer', 'encode_prompt', 'encode_completion',
-           'attach_ids', 'candidates_to_pairs', 'pairs_to_candidates']
+           'load_prompts', 'load_texts', 'load_candidates', 'train_tokenizer', 'encode_prompt', 'encode_prompts',
+           'encode_completion', 'attach_ids', 'candidates_to_pairs', 'pairs_to_candidates']
 
 # %% ../nbs/foundations/04_data.ipynb #c1c65889
 import gzip, json, logging, re, zlib
@@ -499,6 +499,15 @@ def encode_prompt(tokenizer, # any Hugging Face tokenizer
     if bos and ids[:1] == bos: ids = ids[1:]  # a chat template may have written it already
     if max_length is not None: ids = ids[max(0, len(ids) - max_length + len(bos)):]
     return bos + ids
+
+def encode_prompts(tokenizer, prompts:list, # texts
+                   max_length:int, # tokens
+                  )->tuple: # token ids of each prompt, how many were cut
+    "Token ids of prompts; longer ones lose their beginning."
+    whole = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    ids = [p if len(p) <= max_length else encode_prompt(tokenizer, text, max_length)
+           for p, text in zip(whole, prompts)]
+    return ids, sum(len(p) > max_length for p in whole)
 
 # %% ../nbs/foundations/04_data.ipynb #bb842acf
 def _close(ids, tokenizer, finished, max_length):

@@ -6,12 +6,13 @@ Docs: https://vcb-nb.github.io/vcb_nb/stages/sample.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'BACKENDS', 'sampling_probs', 'uniform_draws', 'draw_tokens', 'prefill', 'decode', 'Samples',
-           'sample_candidates', 'sample_seed', 'load_vllm', 'vllm_candidates', 'SampleConfig', 'encode_prompts',
-           'check_prompts', 'decode_texts', 'load_sampler', 'summarise_samples', 'sample']
+           'sample_candidates', 'sample_seed', 'load_vllm', 'vllm_candidates', 'SampleConfig', 'check_prompts',
+           'decode_texts', 'load_sampler', 'summarise_samples', 'sample']
 
 # %% ../nbs/stages/04_sample.ipynb #63801ebc
 import logging, math, os, time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,12 @@ from transformers import AutoConfig, DynamicCache
 
 from .artifacts import InputError, Progress
 from .batches import pad_rows
-from .data import encode_prompt, load_prompts, load_rows
+from .data import encode_prompts, load_prompts
 from .hub import model_folder
 from .loading import load_policy
 from .models import accepts, as_dtype, context_length, evaluating, pick_device, unwrap
 from .settings import REQUIRED, check_choice, check_least, check_required, option
-from .shards import claim_folder, list_parts, make_parts, pending_parts, wait_for_parts
+from .shards import complete_parts, read_parts
 from .tokenizers import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -296,16 +297,6 @@ class SampleConfig:
                              "Set n to 1, or the temperature above 0.")
 
 # %% ../nbs/stages/04_sample.ipynb #caaf8ea3
-def encode_prompts(tokenizer, # the policy's
-                   prompts:list, # texts
-                   max_length:int, # tokens
-                  )->tuple: # token ids of each prompt, how many were cut
-    "Token ids of prompts, the longer ones cut on the left."
-    whole = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    ids = [p if len(p) <= max_length else encode_prompt(tokenizer, text, max_length)
-           for p, text in zip(whole, prompts)]
-    return ids, sum(len(p) > max_length for p in whole)
-
 def check_prompts(config, prompts:list, prompt_ids:list, context:int=None)->None:
     "Raise `InputError` naming the first prompt that is empty or leaves too little of the context."
     for i, (ids, text) in enumerate(zip(prompt_ids, prompts)):
@@ -341,24 +332,24 @@ def _whole_weights(policy)->Path:
     raise InputError(f"{policy} is a LoRA adapter, and vLLM reads whole weights. Give the folder "
                      "of the merged model, or set backend to transformers.")
 
-def _part_maker(config, tokenizer, draw, prompts, prompt_ids, on_batch):
-    "A function from the number of a part to its rows."
+def _rows_of_part(config, part:int, prompts:list)->range:
+    "The numbers of a part's prompts."
+    return range(len(prompts))[part*config.shard_size:(part + 1)*config.shard_size]
+
+def _sample_part(config, tokenizer, draw, prompts, prompt_ids, on_batch, part:int)->list: # rows
+    "Draw the samples of a part."
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
-    sampling = {name: getattr(config, name) for name in names}
-    def make(part):
-        rows = range(len(prompts))[part*config.shard_size:(part + 1)*config.shard_size]
-        chosen = [prompt_ids[i] for i in rows]
-        drawn = draw(chosen, config.n, rows=rows, on_batch=on_batch, **sampling)
-        return [{"index": i, "prompt": prompts[i], "prompt_ids": prompt_ids[i],
-                 "completions": decode_texts(tokenizer, values[0]),
-                 **dict(zip(Samples._fields, values))} for i, *values in zip(rows, *drawn)]
-    return make
+    sampling, rows = {k: getattr(config, k) for k in names}, _rows_of_part(config, part, prompts)
+    drawn = draw([prompt_ids[i] for i in rows], config.n, rows=rows, on_batch=on_batch, **sampling)
+    return [{"index": i, "prompt": prompts[i], "prompt_ids": prompt_ids[i],
+             "completions": decode_texts(tokenizer, values[0]),
+             **dict(zip(Samples._fields, values))} for i, *values in zip(rows, *drawn)]
 
 # %% ../nbs/stages/04_sample.ipynb #0f23c932
-def summarise_samples(folder)->dict:
-    "Counts and shares over the parts in a folder."
+def summarise_samples(rows)->dict:
+    "Counts and shares over rows of samples."
     counts = Counter()
-    for row in (row for part in list_parts(folder, complete=False) for row in load_rows(str(part))):
+    for row in rows:
         ids, reasons = row["completion_ids"], row["finish_reasons"]
         counts.update(prompts=1, samples=len(ids), tokens=sum(map(len, ids)),
                       finished=reasons.count("stop"), distinct=len(set(map(tuple, ids))))
@@ -368,31 +359,29 @@ def summarise_samples(folder)->dict:
 
 # %% ../nbs/stages/04_sample.ipynb #1e8fe62d
 def sample(config:SampleConfig)->dict: # summary: counts, mean length, shares, tokens_per_second
-    "Sample every prompt into `output_dir/data`; goes on where an earlier call stopped."
+    "Sample every prompt into `output_dir/data`; resumes where an earlier call was cut off."
     prompts = load_prompts(config.prompts)["prompt"][:config.limit]
     tokenizer = load_tokenizer(config.policy)
     prompt_ids, truncated = encode_prompts(tokenizer, prompts, config.max_prompt_length)
     check_prompts(config, prompts, prompt_ids)
-    claim_folder(config)
-    total, speed = math.ceil(len(prompts) / config.shard_size), None
-    if pending_parts(config.output_dir, total):
-        speed = _sample_parts(config, tokenizer, prompts, prompt_ids, total)
-    wait_for_parts(config.output_dir, total)
-    summary = summarise_samples(config.output_dir)
     if truncated: log.warning("%d of %d prompts were cut", truncated, len(prompts))
-    return {**summary, "truncated_prompts": truncated, "tokens_per_second": speed}
+    speed = {"tokens_per_second": None}
 
-def _sample_parts(config, tokenizer, prompts, prompt_ids, total)->float: # tokens per second
-    "Make this process's missing parts, with a bar that shows samples and tokens per second."
-    draw = load_sampler(config, tokenizer, prompts, prompt_ids)
-    size, start, tokens = config.shard_size, time.perf_counter(), 0
-    todo = sum(min(size, len(prompts) - i*size) for i in pending_parts(config.output_dir, total))
-    with Progress(config.n * todo, "sample", unit="sample") as bar:
-        def on_batch(samples, new):
-            nonlocal tokens
-            tokens += new
-            bar.set_postfix_str(f"{tokens/(time.perf_counter() - start):.0f} tokens/s")
-            bar.update(samples)
-        make = _part_maker(config, tokenizer, draw, prompts, prompt_ids, on_batch)
-        make_parts(config.output_dir, total, make)
-    return tokens / (time.perf_counter() - start)
+    @contextmanager
+    def sampler(parts):
+        "The model is loaded; a bar shows samples and tokens per second."
+        draw = load_sampler(config, tokenizer, prompts, prompt_ids)
+        todo = sum(len(_rows_of_part(config, part, prompts)) for part in parts)
+        start, tokens = time.perf_counter(), 0
+        with Progress(config.n * todo, "sample", unit="sample") as bar:
+            def on_batch(samples, new):
+                nonlocal tokens
+                tokens += new
+                speed["tokens_per_second"] = tokens / (time.perf_counter() - start)
+                bar.set_postfix_str(f"{speed['tokens_per_second']:.0f} tokens/s")
+                bar.update(samples)
+            yield partial(_sample_part, config, tokenizer, draw, prompts, prompt_ids, on_batch)
+
+    complete_parts(config, math.ceil(len(prompts) / config.shard_size), sampler)
+    rows = read_parts(config.output_dir, complete=False) # of a job array some may be to come
+    return {**summarise_samples(rows), "truncated_prompts": truncated, **speed}

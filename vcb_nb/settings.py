@@ -232,5 +232,7 @@ def differences(config_class, before:dict, now:dict)->str: # 'n: 4 → 8, seed: 
     "How two keys of a config class differ, in words."
     defaults = {f.name: _default(f) for f in dataclasses.fields(config_class)}
     a, b = ({**defaults, **json.loads(json.dumps(key, default=str))} for key in (before, now))
-    return ", ".join(f"{k}: {a.get(k)!r} → {b.get(k)!r}"
+    contents = sources(config_class)
+    return ", ".join(f"{k}: " + ("different content" if k in contents else
+                                 f"{a.get(k)!r} → {b.get(k)!r}")
                      for k in sorted({*before, *now}) if a.get(k) != b.get(k))
