@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from transformers import GPT2TokenizerFast
 
-from vcb_nb import calibrate as stage
+from vcb_nb import calibrate as stage, logprobs, packing
 from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError, write_jsonl
 from vcb_nb.calibrate import CalibrationConfig, CalibrationTrainer, calibrate
@@ -599,10 +599,43 @@ def test_two_candidates_warn(trainer_of, model, caplog):
     )
 
 
-def test_too_long_for_the_model(trainer_of, rows):
-    long = [{**rows[0], "prompt_ids": [5] * 130}]
-    with pytest.raises(InputError, match="reads 128"):
-        trainer_of(long)
+@pytest.mark.parametrize(
+    "prompt, said",
+    [
+        ([5] * 130, "reads 128"),
+        ([], "Prompt 0 is empty"),
+        ([5, 9999], "Prompt 0 has token id 9999"),
+    ],
+)
+def test_what_the_model_cannot_read_is_named_before_the_first_step(trainer_of, rows, prompt, said):
+    "Of the rows to evaluate on too, and of rows that come after construction."
+    bad = [{**rows[0], "prompt_ids": prompt}]
+    with pytest.raises(InputError, match=said):
+        trainer_of(bad)
+    with pytest.raises(InputError, match=said):
+        trainer_of(rows, eval_rows=bad)
+    with pytest.raises(InputError, match=said):
+        trainer_of(rows).evaluate(Dataset.from_list(bad))
+
+
+def test_a_live_reference_with_fewer_tokens_is_named(trainer_of, rows, model):
+    few = copy.deepcopy(model)
+    few.resize_token_embeddings(8)
+    with pytest.raises(InputError, match="the model knows 0 to 7"):
+        trainer_of(rows, reference_model=few, reference="live")
+
+
+def test_no_step_looks_at_the_ids(trainer_of, rows, monkeypatch):
+    "On a GPU that would wait for the device, step after step; construction has checked them."
+    trainer = trainer_of(rows, max_steps=2, eval_rows=rows, eval_strategy="steps", eval_steps=1)
+
+    def refused(*_, **__):
+        raise AssertionError("checked again")
+
+    for module in (stage, logprobs, packing):
+        for name in ("check_candidates", "check_vocabulary", "check_batch_ids", "check_context"):
+            monkeypatch.setattr(module, name, refused, raising=False)
+    trainer.train()
 
 
 @pytest.mark.parametrize(

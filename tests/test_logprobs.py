@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest, torch
 from transformers import GPTNeoXConfig
 
+from vcb_nb import batches, logprobs, packing
 from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError
 from vcb_nb.logprobs import (_response_logits, candidate_logps, choose_way, collate_candidates,
@@ -273,6 +274,28 @@ def test_an_unknown_token_is_named(tiny_tokenizer, way, prompt, completion, toke
         sequence_logps(model, lay_out(prompts, completions, way))
     model.resize_token_embeddings(601)
     if token > 0: score_logps(model, prompts, completions, way=way)
+
+
+@pytest.mark.parametrize("way", ("rows", "shared"))
+def test_ids_are_checked_once_at_the_door(tiny_tokenizer, monkeypatch, way):
+    """However many batches follow: looking at the ids of each would wait for the GPU. A batch laid
+    out by hand is checked where it is given."""
+    model, seen = tiny(tiny_tokenizer), []
+    choose_way(model, way)
+    for module, name in ((batches, "check_candidates"), (batches, "check_vocabulary"),
+                         (batches, "check_context"), (logprobs, "check_candidates"),
+                         (logprobs, "check_batch_ids"), (packing, "check_candidates")):
+        def spy(*args, check=getattr(module, name), name=name, **kwargs):
+            seen.append(name)
+            return check(*args, **kwargs)
+        monkeypatch.setattr(module, name, spy)
+    door = ["check_candidates", "check_vocabulary", "check_context"]
+    for compute, options in ((candidate_logps, {}), (score_logps, {"batch_tokens": 8})):
+        compute(model, PROMPTS, COMPLETIONS, way=way, **options)
+        assert seen == door
+        seen.clear()
+    sequence_logps(model, lay_out(PROMPTS, COMPLETIONS, way))
+    assert seen == ["check_batch_ids"]
 
 
 def test_a_batch_needs_a_candidate():

@@ -221,12 +221,11 @@ def bug_one_causal_row(layout): return layout.__class__(
 
 
 @pytest.mark.parametrize("bug", [bug_positions, bug_one_causal_row])
-def test_these_bugs_would_be_seen(tiny_tokenizer, monkeypatch, bug):
+def test_these_bugs_would_be_seen(tiny_tokenizer, bug):
     "Pitfall 6: positions that run on, and responses that see one another, move the log-probs."
     model = tiny(tiny_tokenizer, initializer_range=.2)
     right = packed_logps(model, PROMPTS, COMPLETIONS)
-    monkeypatch.setattr(logprobs, "pack_candidates", lambda *a: bug(pack_candidates(*a)))
-    wrong = packed_logps(model, PROMPTS, COMPLETIONS)
+    wrong = sequence_logps(model, bug(pack_candidates(PROMPTS, COMPLETIONS)))
     assert (right - wrong).abs().max() > 1e-3
 
 
@@ -547,17 +546,14 @@ def test_rewards_are_those_of_rows(tiny_tokenizer, architecture):
     assert supports_packing(model)[0] and len(set(expected)) > 5
 
 
-def test_rewards_of_unknown_tokens_are_refused(tiny_tokenizer):
-    "By the functions that score a batch of one's own too."
+@pytest.mark.parametrize("way", ["rows", "shared"])
+def test_rewards_of_unknown_tokens_are_refused(tiny_tokenizer, way):
+    "Before a batch is made of them."
     config = tiny(tiny_tokenizer, vocab_size=600).config
     config.num_labels, config.pad_token_id = 1, 300
     model = AutoModelForSequenceClassification.from_config(config).eval()
-    batch = [[5], [6]], [[[7]], [[8], [9, 600]]]
     with pytest.raises(InputError, match="Prompt 1 has token id 600.* 0 to 599"):
-        row_scores(model, *batch)
-    enable_packing(model)
-    with pytest.raises(InputError, match="A batch has token id 600.* 0 to 599"):
-        packed_scores(model, pack_candidates(*batch, whole=True))
+        reward_scores(model, [[5], [6]], [[[7]], [[8], [9, 600]]], way=way)
 
 
 def test_rewards_without_a_prompt_and_of_other_models_are_rows(tiny_tokenizer):

@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import set_seed
 from .adapters import add_lora, check_lora
 from .artifacts import InputError
-from .batches import check_context, check_vocabulary
+from .batches import check_candidates, check_context, check_vocabulary
 from .data import attach_ids, load_candidates
 from .loading import load_policy
-from .logprobs import WAYS, choose_way, lay_out, sequence_logps
+from .logprobs import WAYS, checked_logps, choose_way, lay_out
 from .losses import LOSSES, calibration_metrics, preference_loss, reward_sigma
 from .models import disable_dropout
 from .saving import save_model
@@ -404,10 +404,12 @@ def reference_gap(record:Tensor, lengths:Tensor)->float: # nats per token
     return ((record[..., 1] - record[..., 2]).abs()[mask].sum() / lengths[mask].sum()).item()
 
 def check_lengths(model, dataset)->None:
-    "Refuse candidates that the model cannot read before training starts: too long, or unknown ids."
+    "Refuse candidates that the model cannot read before training starts; no step checks them again."
     if dataset is None: return
     if isinstance(dataset, dict): return [check_lengths(model, d) for d in dataset.values()]
-    ids = list(dataset["prompt_ids"]), list(dataset["completion_ids"])
+    # An empty completion is never picked.
+    ids = list(dataset["prompt_ids"]), [list(filter(len, cs)) for cs in dataset["completion_ids"]]
+    check_candidates(*ids, needs_prompt=True)
     longest = [len(prompt) + max(map(len, completions)) for prompt, completions in zip(*ids)]
     check_context(model, longest, lambda i: f"The longest candidate of prompt {i}")
     check_vocabulary(model, *ids)
@@ -439,7 +441,8 @@ class CalibrationTrainer(PromptTrainer):
         self.info, self.gamma = {}, vcb_gamma(args.loss, args.loss_params)
         train_dataset = self.prepare(train_dataset, "train", args, tokenizer)
         eval_dataset = self.prepare(eval_dataset, "eval", args, tokenizer)
-        for rows in (train_dataset, eval_dataset): check_lengths(model, rows)
+        for reader in filter(None, (model, reference)):
+            for rows in (train_dataset, eval_dataset): check_lengths(reader, rows)
         live = live_reference(model, reference) if args.reference == "live" else None
         self.way = same_way(args, *filter(None, (model, live)))
         super().__init__(model, args, CandidateCollator(tokenizer.pad_token_id, self.way),
@@ -457,7 +460,10 @@ class CalibrationTrainer(PromptTrainer):
         return dataset
 
     def evaluate(self, eval_dataset=None, *args, **kwargs)->dict:
-        return super().evaluate(self.prepare(eval_dataset, "eval"), *args, **kwargs)
+        rows = self.prepare(eval_dataset, "eval")
+        if rows is not eval_dataset: # of the caller's own: not seen at the construction
+            for reader in filter(None, (self.model, self.reference)): check_lengths(reader, rows)
+        return super().evaluate(rows, *args, **kwargs)
 
     def _place(self, reference):
         "The live reference on the right device, under the policy's autocast."
@@ -470,16 +476,16 @@ class CalibrationTrainer(PromptTrainer):
     def reference_logps(self, model, batch)->Tensor: # [prompts, n] nats
         "Under the live reference: its own model, or the policy with the adapter off."
         if self.reference is not None:
-            with torch.no_grad(): return sequence_logps(self.reference, batch)
+            with torch.no_grad(): return checked_logps(self.reference, batch)
         with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
-            return sequence_logps(model, batch)
+            return checked_logps(model, batch)
 
     def prompt_losses(self, model, inputs:dict)->tuple: # losses [prompts], record
         "The loss of each prompt of a batch, through the wrapped model."
         batch, args, mask = inputs["batch"].to(self.args.device), self.args, inputs["mask"]
         stored = args.reference == "stored"
         ref = inputs["ref_logps"] if stored else self.reference_logps(model, batch)
-        logps = sequence_logps(model, batch)
+        logps = checked_logps(model, batch)
         lengths = torch.ones_like(logps).masked_scatter(mask, batch.completion_lengths.to(logps))
         scaled = self.gamma is not None or args.scale_rewards
         losses = preference_loss(args.loss, logps, ref, inputs["rewards"], mask, lengths,

@@ -6,7 +6,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/packing.html.md"""
 
 # %% auto #0
 __all__ = ['PACKED_ATTENTION', 'PACKABLE', 'HEAD_BYTES', 'HEAD_BLOCK', 'HEAD_COLUMNS', 'PackedCandidates', 'pack_candidates',
-           'packed_attention', 'supports_packing', 'enable_packing', 'entropies', 'packed_token_logps',
+           'packed_layout', 'packed_attention', 'supports_packing', 'enable_packing', 'entropies', 'packed_token_logps',
            'logps_of_logits', 'last_places', 'packed_scores', 'packed_batches']
 
 # %% ../nbs/foundations/13_packing.ipynb #a3de23f2
@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .artifacts import InputError
-from .batches import check_batch_ids, check_candidates
+from .batches import check_candidates
 from .models import accepts, unwrap
 
 # %% ../nbs/foundations/13_packing.ipynb #9b2d592f
@@ -67,6 +67,10 @@ def pack_candidates(prompt_ids:list, # [prompts] lists of token ids
                    )->PackedCandidates:
     "One row for all candidates of all prompts. Empty prompts and responses raise `InputError`."
     check_candidates(prompt_ids, completion_ids, needs_prompt=True)
+    return packed_layout(prompt_ids, completion_ids, whole)
+
+def packed_layout(prompt_ids:list, completion_ids:list, whole:bool=False)->PackedCandidates:
+    "`pack_candidates` of candidates that are known to be good."
     ids, positions, predict = [], [], []
     for prompt, completions in zip(prompt_ids, completion_ids):
         if not completions: continue
@@ -418,7 +422,6 @@ def packed_token_logps(model, # causal LM of `enable_packing`, possibly wrapped 
     The second column is the entropy of the distribution that gave it, without gradient.
     """
     head, targets = unwrap(model).get_output_embeddings(), packing.targets
-    check_batch_ids(model, packing.input_ids, targets) # a last token is predicted, never embedded
     # Offloading and quantised layers have a forward of their own, ZeRO-3 gathers the weight.
     own = "forward" in vars(head) or type(head).forward is not nn.Linear.forward
     special = own or hasattr(head.weight, "ds_id")
@@ -463,7 +466,6 @@ def packed_scores(model, # reward model of `enable_packing`
                  )->Tensor: # [rows], in the order of the responses
     "The reward model's score of each response, its trunk run once over each prompt."
     base = unwrap(model)
-    check_batch_ids(base, packing.input_ids)
     hidden = base.base_model(**_packed_inputs(packing)).last_hidden_state[0]
     return base.score(hidden[last_places(packing)])[:, 0]
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from .artifacts import InputError, Progress
-from .batches import check_candidates, check_endings, check_vocabulary, regroup, row_scores
+from .batches import check_endings, check_readable, regroup, row_scores
 from .data import attach_ids, encode_completion, encode_prompt, load_candidates, load_rows
 from .loading import load_policy, load_reward_model
 from .logprobs import in_batches, score_logps
 from .losses import reward_sigma
 from .models import as_dtype, pick_device
-from .packing import pack_candidates, packed_scores
+from .packing import packed_layout, packed_scores
 from .settings import (REQUIRED, check_least, check_required, is_function, load_function,
                              option)
 from .shards import claim_folder, list_parts, make_parts, pending_parts, wait_for_parts
@@ -68,13 +68,13 @@ def reward_scores(model, # of `new_reward_model` or `load_reward_model`
                   way:str="auto", # of `logprobs.choose_way`
                  )->list: # [prompts][candidates] floats
     "Score every candidate at its last token. Give the endings that the model was trained on."
-    check_candidates(prompt_ids, completion_ids)
+    check_readable(model, prompt_ids, completion_ids, needs_prompt=False)
     check_endings(model, completion_ids)
     if not all(prompt_ids): way = "rows" # without a prompt there is nothing to share
     def scores(prompts, completions, way):
         if way == "rows": found = row_scores(model, prompts, completions)
         else:
-            packing = pack_candidates(prompts, completions, whole=True)
+            packing = packed_layout(prompts, completions, whole=True)
             found = packed_scores(model, packing.to(next(model.parameters()).device))
         return regroup(found.double().tolist(), completions)
     return in_batches(model, prompt_ids, completion_ids, batch_tokens, way, scores)
@@ -139,8 +139,8 @@ def score_rows(rows:list, # candidate rows
     new = [{"rewards": values, **reward_statistics(values)} for values in rewards]
     if reference is not None:
         ids = [[row[name] for row in rows] for name in ("prompt_ids", "completion_ids")]
-        check_vocabulary(reference, *ids, lambda i: _place(rows[i]))
-        logps = score_logps(reference, *ids, pad_id=pad_id, batch_tokens=batch_tokens)
+        logps = score_logps(reference, *ids, pad_id=pad_id, batch_tokens=batch_tokens,
+                            name=lambda i: _place(rows[i]))
         for row, values in zip(new, checked_numbers(logps, rows, "reference log-probability")):
             row["ref_logps"] = values
     return [{**row, **added} for row, added in zip(rows, new)]
