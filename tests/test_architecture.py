@@ -11,14 +11,15 @@ MODULES = sorted(p.stem for p in (ROOT/"vcb_nb").glob("*.py") if not p.stem.star
 LAYERS = [["losses"], ["worlds"], ["plots"], ["figures", "explorables"], ["widgets"],
           ["artifacts"], ["settings"], ["shards"], ["data", "world", "hub"], ["tokenizers"],
           ["models"], ["adapters"], ["loading"], ["saving", "batches"],
-          ["packing"], ["prepare", "logprobs", "training"],
-          ["sft", "reward", "sample", "calibrate"], ["score"], ["evaluate"],
+          ["packing"], ["prepare", "logprobs", "training", "measures"], ["judges"],
+          ["sft", "reward", "sample", "calibrate"], ["score"], ["evaluate"], ["diagnosis"],
           ["live"], ["stages"], ["recipes"], ["pipeline"], ["report"], ["cli"]]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 TRAINERS = {"sft", "reward", "calibrate"}
 TORCH_ONLY = {"losses": {"torch"}, "worlds": {"torch"}, "explorables": set(),
               "plots": {"matplotlib"}, "figures": {"matplotlib", "numpy"},
-              "artifacts": {"tqdm", "filelock"}, "settings": set(), "stages": set()}
+              "artifacts": {"tqdm", "filelock"}, "settings": set(),
+              "measures": {"numpy", "torch"}, "stages": set()}
 
 
 def imports(name):

@@ -10,9 +10,9 @@ from transformers import AutoModelForSequenceClassification
 
 from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError
+from vcb_nb.judges import reward_scores
 from vcb_nb.loading import load_policy, load_reward_model, new_reward_model
 from vcb_nb.saving import save_model
-from vcb_nb.score import reward_scores
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
 COMPLETIONS = [[[9, 10, 0], [11] * 9], [[12, 0], [13, 14], [15] * 4], [[0], [3, 0, 0], [7, 8]]]
@@ -138,15 +138,6 @@ def test_a_foreign_reward_model_with_pad_equal_to_eos(base, tmp_path):
     assert loaded.get_input_embeddings().num_embeddings == 258
 
 
-def test_the_ending_is_part_of_what_is_scored(base, tokenizer):
-    "Pitfall 21: nothing is appended or cut; a finished and a truncated response score differently."
-    model = new_reward_model(base, tokenizer).double()
-    (finished, cut), = reward_scores(model, [[5, 6]], [[[9, 10, 0], [9, 10]]])
-    assert finished == pytest.approx(oracle(model, [5, 6], [9, 10, 0]), abs=1e-12)
-    assert cut == pytest.approx(oracle(model, [5, 6], [9, 10]), abs=1e-12)
-    assert abs(finished - cut) > 1e-3
-
-
 def test_reward_model_is_the_policys_trunk(sft_adapter, tokenizer):
     folder, _ = sft_adapter
     a, b, c = (new_reward_model(folder, tokenizer, seed=s) for s in (0, 0, 1))
@@ -180,15 +171,3 @@ def test_what_is_no_reward_model_is_refused(base, tokenizer, tmp_path):
     with pytest.raises(InputError, match="score.weight"): load_reward_model(folder)
     (folder/"model.safetensors").rename(folder/"pytorch_model.bin")
     with pytest.raises(InputError, match="pickle"): load_reward_model(folder)
-
-
-def test_rows_that_cannot_be_scored_are_named(base, tokenizer):
-    model = new_reward_model(base, tokenizer)
-    for prompts, completions, says in (
-            (PROMPTS, COMPLETIONS[:2], "3 prompts and 2 lists"),
-            ([[5], [6]], [[[7]], [[8], []]], "Completion 1 of prompt 1 is empty"),
-            ([[5], [6]], [[[7]], [[8], [9] * 1024]], "Completion 1 of prompt 1 has 1025 tokens"),
-            ([[5], [6]], [[[7]], [[8], [99999]]], "Prompt 1 has token id 99999"),
-            ([[5]], [[[7], [8, 1]]], "Completion 1 of prompt 0 ends with the padding id 1")):
-        with pytest.raises(InputError, match=says): reward_scores(model, prompts, completions)
-    assert reward_scores(model, [[5], [6]], [[], [[7]]])[0] == []

@@ -13,14 +13,13 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 from vcb_nb import logprobs, packing
 from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError
-from vcb_nb.batches import row_scores
+from vcb_nb.judges import reward_scores, row_scores
 from vcb_nb.loading import load_policy
 from vcb_nb.logprobs import candidate_logps, collate_candidates, score_logps, sequence_logps
 from vcb_nb.models import disable_dropout, new_policy
 from vcb_nb.packing import (PACKABLE, PACKED_ATTENTION, enable_packing, pack_candidates,
                             packed_batches, packed_scores, packed_token_logps, supports_packing)
 from vcb_nb.saving import save_model
-from vcb_nb.score import reward_scores
 
 ARCHITECTURES = ["gpt_neox", "gpt2", "llama", "qwen2", "qwen3"]
 FULL_HEADS = {"gpt2", "gpt_neox", "phi"} # the others get grouped-query attention

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from vcb_nb.artifacts import write_json
-from vcb_nb.report import (Figure, Heading, ReportConfig, Table, Text, at_equal_kl, interval,
+from vcb_nb.report import (Figure, Heading, ReportConfig, Table, Text, at_equal_kl,
                            render_html, render_markdown, report)
 
 NASTY = ["<script>alert(1)</script>", "</td></table><h1>x", "<img src=x onerror=alert(1)>",
@@ -46,11 +46,6 @@ def test_page_is_self_contained():
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
     assert "<script" not in page
     assert "default-src 'none'" in page
-
-
-def test_interval():
-    assert interval({"value": .5, "low": .25, "high": .75}) == "0.50 [0.25, 0.75]"
-    assert interval({"value": None}) == "–"
 
 
 def policy(method, kl): return {"method": method, "splits": {"test": {"kl": {"value": kl}}}}

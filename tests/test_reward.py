@@ -8,13 +8,12 @@ from transformers import TrainerCallback
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.data import encode_completion, encode_prompt, load_pairs
+from vcb_nb.judges import reward_scores
 from vcb_nb.loading import load_reward_model, new_reward_model
 from vcb_nb.models import new_policy
-from vcb_nb.reward import (RewardConfig, bootstrap_interval, bradley_terry_loss, collate_pairs,
-                           encode_pair, reliability_table, reward_datasets, reward_metrics,
-                           reward_trainer, split_scores, train_reward, wilson_interval)
+from vcb_nb.reward import (RewardConfig, bradley_terry_loss, collate_pairs, encode_pair,
+                           reward_datasets, reward_trainer, split_scores, train_reward)
 from vcb_nb.saving import save_model
-from vcb_nb.score import reward_scores
 from vcb_nb.tokenizers import load_tokenizer
 from vcb_nb.training import read_curve
 
@@ -194,74 +193,6 @@ def test_hh_pairs_are_read(files, tmp_path, shared_data):
     assert counted in (300, 299, 298)
     assert len(train) + len(held) > 250 # held-out drops are not listed
     assert max(train["length"]) <= 100 and not set(train["prompt"]) & set(held["prompt"])
-
-
-# The report
-
-def test_metrics_by_hand():
-    chosen, rejected = [2., 0., 1., 5.], [0., 1., 1., 0.]
-    m = reward_metrics(chosen, rejected, n_bins=2)
-    p = [1 / (1 + math.exp(-g)) for g in (2, -1, 0, 5)]
-    assert m["accuracy"] == (1 + 0 + .5 + 1) / 4 and m["margin"] == 1.5 and m["pairs"] == 4
-    assert m["brier"] == pytest.approx(sum((1 - q) ** 2 for q in p) / 4)
-    assert m["log_loss"] == pytest.approx(-sum(map(math.log, p)) / 4)
-    low, high = m["reliability"]
-    assert (low["pairs"], high["pairs"]) == (2, 2) # confidences ½ and .73 · .88 and .99
-    assert low["accuracy"] == .25 and high["accuracy"] == 1.
-    assert low["confidence"] == pytest.approx((.5 + 1 - p[1]) / 2)
-    assert m["ece"] == pytest.approx(.5 * abs(.25 - low["confidence"])
-                                     + .5 * abs(1 - high["confidence"]))
-
-
-def test_one_order_has_all_that_both_orders_have():
-    "ECE over both orders of every pair, in bins over [0, 1], equals ours: the mirror adds nothing."
-    rng = np.random.default_rng(0)
-    gaps = rng.normal(.5, 2, 4000)
-    p, label = 1 / (1 + np.exp(-np.concatenate([gaps, -gaps]))), np.repeat([1., 0.], 4000)
-    bins = np.minimum((p * 20).astype(int), 19)
-    both = sum(abs(label[bins == b].mean() - p[bins == b].mean()) * (bins == b).mean()
-               for b in np.unique(bins))
-    ours = sum(r["pairs"] * abs(r["accuracy"] - r["confidence"])
-               for r in reliability_table(gaps)) / 4000
-    assert ours == pytest.approx(both, rel=1e-9)
-
-
-def test_true_probabilities_are_calibrated_and_doubled_ones_are_not():
-    rng = np.random.default_rng(1)
-    size = np.abs(rng.normal(0, 2, 20000))
-    gaps = np.where(rng.random(20000) < 1 / (1 + np.exp(-size)), size, -size)
-    honest, boastful = (reward_metrics(k * gaps, 0 * gaps) for k in (1, 2))
-    assert honest["ece"] < .015 < .05 < boastful["ece"]
-    assert honest["accuracy"] == boastful["accuracy"]
-    assert honest["brier"] < boastful["brier"] and honest["log_loss"] < boastful["log_loss"]
-    assert all(r["low"] <= r["accuracy"] <= r["high"] for r in honest["reliability"])
-    inside = [r["low"] <= r["confidence"] <= r["high"] for r in honest["reliability"]]
-    assert sum(inside) >= 8
-
-
-def test_bootstrap_covers_the_truth_and_widens_for_shared_prompts():
-    rng = np.random.default_rng(2)
-    hits = 0
-    for i in range(60):
-        low, high = bootstrap_interval(rng.random(200) < .7, resamples=300, seed=i)
-        hits += low <= .7 <= high
-    assert hits >= 51 # of 60: 95 % less four standard errors
-    values, groups = np.repeat(rng.random(100) < .7, 9), np.repeat(np.arange(100), 9)
-    width = lambda interval: interval[1] - interval[0]
-    assert width(bootstrap_interval(values, groups)) > 2 * width(bootstrap_interval(values))
-
-
-def test_wilson_interval_is_the_root_of_its_equation():
-    for k, n in ((0, 5), (3, 7), (7, 7), (500, 1000)):
-        for edge in wilson_interval(k, n):
-            assert (k / n - edge) ** 2 == pytest.approx(
-                1.96 ** 2 * edge * (1 - edge) / n, abs=1e-12)
-
-
-def test_extreme_gaps_give_finite_numbers():
-    m = reward_metrics([1e4, -1e4], [0., 0.])
-    json.dumps(m, allow_nan=False)
-    assert m["brier"] == .5 and m["log_loss"] == 5000.
 
 
 # The stage

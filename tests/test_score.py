@@ -9,14 +9,15 @@ from datasets import load_dataset
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.data import candidates_to_pairs, load_candidates, train_tokenizer
+from vcb_nb.judges import load_judge, reward_scores
 from vcb_nb.loading import load_reward_model, new_reward_model
 from vcb_nb.losses import reward_sigma
 from vcb_nb.models import new_policy
 from vcb_nb.sample import SampleConfig, sample
 from vcb_nb.saving import save_model
-from vcb_nb.score import (ScoreConfig, encode_rows, is_function, load_function, load_judge,
-                          reward_scores, reward_statistics, same_tokenizer, score, score_rows)
+from vcb_nb.score import ScoreConfig, reward_statistics, score, score_rows
 from vcb_nb.shards import list_parts
+from vcb_nb.tokenizers import load_tokenizer, same_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["The soup", "A small room with a view;", "He said that", "We", "How was the film?",
@@ -196,20 +197,12 @@ def test_reward_model_with_another_tokenizer_reads_the_text(config, folders):
 
 def test_same_tokenizer(tiny_tokenizer, folders, tmp_path):
     from copy import deepcopy
-    from vcb_nb.tokenizers import load_tokenizer
     folder, other = folders
     assert same_tokenizer(tiny_tokenizer, load_tokenizer(folder/"reward"))
     assert not same_tokenizer(tiny_tokenizer, other)
     ends_elsewhere, bos = deepcopy(tiny_tokenizer), deepcopy(tiny_tokenizer)
     ends_elsewhere.eos_token, bos.bos_token = ".", "<|endoftext|>"
     assert not any(same_tokenizer(tiny_tokenizer, t) for t in (ends_elsewhere, bos))
-
-
-def test_a_cut_sample_without_text_can_be_scored(tiny_tokenizer):
-    rows = [{"prompt": "We", "completions": ["", "", "ok"],
-             "finish_reasons": ["length", "stop", "length"]}]
-    _, ids = encode_rows(tiny_tokenizer, rows)
-    assert ids == [[[0], [0], tiny_tokenizer.encode("ok")]]
 
 
 # ---- rewards that are no numbers
@@ -302,18 +295,6 @@ def test_scoring_again_with_another_judge(config):
     (dict(reference="/nowhere"), "nowhere")])
 def test_bad_settings_are_named(config, change, said):
     with pytest.raises(InputError, match=said): score(replace(config, **change))
-
-
-def test_an_error_inside_a_users_module_is_shown_as_it_is(tmp_path, monkeypatch):
-    (tmp_path/"my_reward.py").write_text("import no_such_dependency\n")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
-        load_function("my_reward:f")
-
-
-def test_function_or_folder(tmp_path):
-    assert is_function("package.module:name") and not is_function("runs/reward/model")
-    assert not is_function("owner/model") and not is_function("C:\\models\\reward")
 
 
 def test_candidates_of_another_policy_are_refused(config, folders):

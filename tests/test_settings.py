@@ -8,8 +8,8 @@ from transformers import TrainingArguments
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.settings import (REQUIRED, UNDECIDING, check_least, check_required, check_values,
-                             coerce, config_key, deciding, decides, differences, option,
-                             source_key)
+                             coerce, config_key, deciding, decides, differences, is_function,
+                             load_function, option, source_key)
 from vcb_nb.stages import STAGES
 
 
@@ -95,3 +95,15 @@ def test_every_setting_of_ours_says_what_it_is(stage):
         assert field.name in theirs or {"help", "decides", "source"} <= field.metadata.keys()
         if field.name in ("output_dir", "device", "batch_size", "batch_tokens"):
             assert not decides(field), f"{stage.name}.{field.name}"
+
+
+def test_function_or_folder(tmp_path):
+    assert is_function("package.module:name") and not is_function("runs/reward/model")
+    assert not is_function("owner/model") and not is_function("C:\\models\\reward")
+
+
+def test_an_error_inside_a_users_module_is_shown_as_it_is(tmp_path, monkeypatch):
+    (tmp_path/"my_reward.py").write_text("import no_such_dependency\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+        load_function("my_reward:f")

@@ -20,13 +20,13 @@ from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import write_jsonl
 from vcb_nb.calibrate import CalibrationConfig, CalibrationTrainer
 from vcb_nb.data import encode_completion, encode_prompt
+from vcb_nb.judges import reward_scores
 from vcb_nb.loading import load_policy, load_reward_model, new_reward_model
 from vcb_nb.logprobs import candidate_logps, score_logps
 from vcb_nb.models import new_policy
 from vcb_nb.packing import HEAD_BYTES
 from vcb_nb.reward import RewardConfig
 from vcb_nb.saving import save_model
-from vcb_nb.score import reward_scores
 from vcb_nb.sft import SFTConfig
 from vcb_nb.tokenizers import load_tokenizer
 from vcb_nb.training import checkpoint_args, read_curve, run_training

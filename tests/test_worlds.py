@@ -535,7 +535,7 @@ def test_sampler_draws_whole_strings_as_often_as_it_should(neox, temperature):
 def test_kl_estimators_have_the_exact_kl_as_mean(neox):
     """Pitfall 30: averaged over all responses by probability, k1 and k3 are the KL itself;
     off policy they are not."""
-    from vcb_nb.evaluate import kl_estimates
+    from vcb_nb.measures import kl_estimates
     models, strings = neox
     for prompt in PROMPTS:
         with torch.no_grad(): p, q = (string_logps(m, strings, prompt) for m in models)

@@ -4,7 +4,7 @@ The names below are loaded when they are first used; `import vcb_nb` alone impor
 __version__ = "0.1.0"
 
 _HOME = {"CalibrationTrainer": "calibrate", "CalibrationConfig": "calibrate", "LOSSES": "losses",
-         "preference_loss": "losses", "candidate_logps": "logprobs", "reward_scores": "score",
+         "preference_loss": "losses", "candidate_logps": "logprobs", "reward_scores": "judges",
          "sample_candidates": "sample", "diagnose": "diagnosis", "load_recipe": "recipes",
          "run_recipe": "pipeline"}  # name → its module
 

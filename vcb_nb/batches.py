@@ -6,14 +6,13 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/batches.html.md"""
 
 # %% auto #0
 __all__ = ['token_batches', 'pad_rows', 'candidate_rows', 'row_lengths', 'row_name', 'regroup', 'check_candidates',
-           'check_context', 'check_vocabulary', 'check_batch_ids', 'check_readable', 'padding_id', 'check_endings',
-           'row_scores']
+           'check_context', 'check_vocabulary', 'check_batch_ids', 'check_readable']
 
 # %% ../nbs/foundations/12_batches.ipynb #0c722058
 import torch
 
 from .artifacts import InputError
-from .models import accepts, context_length, unwrap
+from .models import context_length, unwrap
 
 # %% ../nbs/foundations/12_batches.ipynb #4ed54fe6
 def token_batches(lengths:list, # tokens per row
@@ -113,27 +112,3 @@ def check_readable(model, prompt_ids:list, completion_ids:list, # as for `candid
     check_vocabulary(model, prompt_ids, completion_ids, name)
     lengths = row_lengths(prompt_ids, completion_ids)
     check_context(model, lengths, lambda row: row_name(row, completion_ids))
-
-# %% ../nbs/foundations/12_batches.ipynb #86c270b3
-def padding_id(model)->"int | None":
-    "The id that a reward model skips when it looks for the last token."
-    return unwrap(model).config.get_text_config().pad_token_id
-
-def check_endings(model, completion_ids:list)->None:
-    "Refuse a completion whose last token a reward model would take for padding."
-    pad_id = padding_id(model)
-    for i, completions in enumerate(completion_ids):
-        for j, completion in enumerate(completions):
-            if completion and completion[-1] == pad_id:
-                raise InputError(f"Completion {j} of prompt {i} ends with the padding id {pad_id}, "
-                                 "which the model skips. Remove that token.")
-
-def row_scores(model, # of `new_reward_model` or `load_reward_model`
-               prompt_ids:list, # [prompts] lists of token ids
-               completion_ids:list, # [prompts][candidates] token ids, EOS where finished
-              )->torch.Tensor: # [rows]; row r is the r-th of `candidate_rows`
-    "Score checked candidates at their last tokens, as one batch of padded rows."
-    rows, device = candidate_rows(prompt_ids, completion_ids), next(model.parameters()).device
-    ids, mask = (x.to(device) for x in pad_rows([[*p, *c] for p, c in rows], padding_id(model)))
-    options = {"use_cache": False} if accepts(model, "use_cache") else {}
-    return model(input_ids=ids, attention_mask=mask, **options).logits[:, 0]

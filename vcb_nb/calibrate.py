@@ -6,11 +6,11 @@ Docs: https://vcb-nb.github.io/vcb_nb/stages/calibrate.html.md"""
 
 # %% auto #0
 __all__ = ['logger', 'SIGMA', 'REFERENCE', 'REMEDY', 'KEPT', 'RECORD', 'REFERENCE_TOLERANCE', 'check_loss', 'vcb_gamma',
-           'CalibrationConfig', 'pad_values', 'pooled_sigma', 'check_columns', 'finite_values', 'stored_sigma',
-           'pick_candidates', 'all_sigmas', 'prepare_candidates', 'report_rows', 'prepare_dataset', 'CandidateCollator',
-           'make_record', 'join_records', 'pair_metrics', 'calibration_of', 'record_metrics', 'PromptTrainer',
-           'fresh_adapter', 'live_reference', 'same_way', 'reference_gap', 'check_lengths', 'source_of',
-           'CalibrationTrainer', 'load_split', 'last_metrics', 'save_adapter', 'calibrate']
+           'CalibrationConfig', 'check_columns', 'finite_values', 'stored_sigma', 'pick_candidates', 'all_sigmas',
+           'prepare_candidates', 'report_rows', 'prepare_dataset', 'CandidateCollator', 'make_record', 'join_records',
+           'pair_metrics', 'calibration_of', 'record_metrics', 'PromptTrainer', 'fresh_adapter', 'live_reference',
+           'same_way', 'reference_gap', 'check_lengths', 'source_of', 'CalibrationTrainer', 'load_split',
+           'last_metrics', 'save_adapter', 'calibrate']
 
 # %% ../nbs/stages/06_calibrate.ipynb #40dc2705
 import copy, logging, math, random, time
@@ -27,6 +27,7 @@ from .data import attach_ids, load_candidates
 from .loading import load_policy
 from .logprobs import WAYS, checked_logps, choose_way, lay_out
 from .losses import LOSSES, calibration_metrics, preference_loss, reward_sigma
+from .measures import pad_ragged, pooled_sigma
 from .models import disable_dropout, unwrap
 from .saving import save_model
 from .settings import check_choice, check_least, option
@@ -113,23 +114,6 @@ class CalibrationConfig(TrainingDefaults):
         self.remove_unused_columns, self.label_names = False, [] # rewards must reach the loss
         super().__post_init__()
 
-# %% ../nbs/stages/06_calibrate.ipynb #463db832
-def pad_values(rows, # [prompts] lists of numbers
-              )->tuple: # values [prompts, n] float64, mask [prompts, n]
-    "Ragged rows as one tensor, with a mask of what is there."
-    rows = [list(row) for row in rows]
-    width = max([1, *map(len, rows)])
-    values = torch.tensor([row + [0.] * (width - len(row)) for row in rows], dtype=torch.float64)
-    mask = torch.tensor([[i < len(row) for i in range(width)] for row in rows], dtype=torch.bool)
-    return values.view(len(rows), width), mask.view(len(rows), width)
-
-def pooled_sigma(sigma:Tensor, # [prompts]
-                 counts:Tensor, # [prompts] number of rewards behind each σ
-                )->float:
-    "One σ for a data set: within-prompt variances averaged by their degrees of freedom."
-    freedom = (counts - 1).clamp(min=0).double()
-    return math.sqrt((freedom * sigma.double()**2).sum().item() / max(freedom.sum().item(), 1))
-
 # %% ../nbs/stages/06_calibrate.ipynb #fca85b74
 REMEDY = {"rewards": "Score the candidates first (`vcb score`).",
           "ref_logps": "Score them with a reference (`vcb score`, `reference:` the SFT folder), "
@@ -143,7 +127,7 @@ def check_columns(dataset, reference:str)->None:
                              + REMEDY[name])
 
 def finite_values(dataset, name:str, # a column with a number for every completion
-                 )->tuple: # (values, mask) of `pad_values`
+                 )->tuple: # (values, mask) of `pad_ragged`
     "A column as a tensor; a wrong length or a value that is not finite names its row."
     rows = list(dataset[name])
     for i, (row, ids) in enumerate(zip(rows, dataset["completion_ids"])):
@@ -154,7 +138,7 @@ def finite_values(dataset, name:str, # a column with a number for every completi
         if bad is not None:
             raise InputError(f"Row {i}: {name}[{bad}] is {row[bad]}. Mend the score or remove the "
                              "candidate.")
-    return pad_values(rows)
+    return pad_ragged(rows)
 
 # %% ../nbs/stages/06_calibrate.ipynb #2853a306
 def stored_sigma(dataset, rewards:Tensor, mask:Tensor)->Tensor: # [prompts] float64
@@ -184,7 +168,7 @@ def all_sigmas(dataset, picks:list, pooled:float|None=None)->tuple: # (kinds, si
     "The three kinds of σ `{kind: [prompts]}`, and which prompts have a signal in their picks."
     rewards, mask = finite_values(dataset, "rewards")
     picked = [[row[j] for j in pick] for row, pick in zip(rewards.tolist(), picks)]
-    own, signal = reward_sigma(*pad_values(picked))
+    own, signal = reward_sigma(*pad_ragged(picked))
     stored = stored_sigma(dataset, rewards, mask)
     pooled = pooled_sigma(stored, mask.sum(1)) if pooled is None else pooled
     kinds = {"stored": stored, "candidates": own, "dataset": torch.full_like(own, pooled)}
@@ -249,9 +233,9 @@ class CandidateCollator:
 
     def __call__(self, rows:list)->dict:
         def taken(name): return [[row[name][j] for j in row["picked"]] for row in rows]
-        rewards, mask = pad_values(taken("rewards"))
+        rewards, mask = pad_ragged(taken("rewards"))
         out = dict(mask=mask, rewards=rewards.float()) # the first tensor's length is the batch size
-        if "ref_logps" in rows[0]: out["ref_logps"] = pad_values(taken("ref_logps"))[0].float()
+        if "ref_logps" in rows[0]: out["ref_logps"] = pad_ragged(taken("ref_logps"))[0].float()
         out["sigma"] = torch.tensor([row["sigma"] for row in rows], dtype=torch.float32)
         out["weight"] = torch.ones(len(rows))
         ids = [row["prompt_ids"] for row in rows], taken("completion_ids")
@@ -404,7 +388,7 @@ def reference_gap(record:Tensor, lengths:Tensor)->float: # nats per token
     return ((record[..., 1] - record[..., 2]).abs()[mask].sum() / lengths[mask].sum()).item()
 
 def check_lengths(model, dataset)->None:
-    "Refuse candidates that the model cannot read, before training: no step looks at them again."
+    "Refuse candidates that the model cannot read before training starts; no step checks them again."
     if dataset is None: return
     if isinstance(dataset, dict): return [check_lengths(model, d) for d in dataset.values()]
     # An empty completion is never picked.

@@ -6,7 +6,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/runs/report.html.md"""
 
 # %% auto #0
 __all__ = ['STYLE', 'JUDGE_NAMES', 'METHODS_NOTE', 'Heading', 'Text', 'Table', 'Figure', 'render_html', 'render_markdown',
-           'interval', 'judges_of', 'methods_table', 'texts_table', 'pipeline_blocks', 'reward_blocks', 'method_blocks',
+           'judges_of', 'methods_table', 'texts_table', 'pipeline_blocks', 'reward_blocks', 'method_blocks',
            'frontier_blocks', 'calibration_blocks', 'training_blocks', 'at_equal_kl', 'sample_blocks', 'ReportConfig',
            'report', 'write_report']
 
@@ -18,6 +18,7 @@ from .artifacts import (MANIFEST, InputError, atomic_write, finished_stages, rea
                               read_manifest)
 from .figures import (figure_bytes, plot_calibration, plot_frontier, plot_margins,
                             plot_reliability, plot_rewards, plot_training_curves, run_label)
+from .measures import estimate_text
 from .settings import REQUIRED, check_least, check_required, option
 
 # %% ../nbs/runs/04_report.ipynb #d27ba317
@@ -113,17 +114,6 @@ def render_markdown(title:str, blocks:list)->str:
     "The same as Markdown; figures are PNG files in `figures/`."
     return "\n\n".join([f"# {_plain(title)}", *map(_markdown_block, blocks)]) + "\n"
 
-# %% ../nbs/runs/04_report.ipynb #12717039
-def interval(estimate:dict|None, # {value, low, high}
-             digits:int=2)->str:
-    "A value with its interval; a dash where there is none."
-    if not estimate or estimate.get("value") is None: return "–"
-    return (f"{estimate['value']:.{digits}f} "
-            f"[{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]")
-
-assert interval({"value": 1.234, "low": 1, "high": 1.5}) == "1.23 [1.00, 1.50]"
-assert interval(None) == "–"
-
 # %% ../nbs/runs/04_report.ipynb #98841261
 JUDGE_NAMES = {"gold": "gold reward", "reward": "model reward"}
 
@@ -140,12 +130,14 @@ def methods_table(summary:dict, split:str="test")->Table:
     return Table(columns, [_method_row(name, summary, split, judges)
                            for name in summary["policies"]], numeric=1)
 
+def _number(estimate)->str: return estimate_text(estimate, ".2f")
+
 def _method_row(name, summary, split, judges)->list:
     policy, games = summary["policies"][name], summary["comparisons"].get(split, {})
     s = policy["splits"][split]
     won = games.get(judges[0], {}).get(name, {}).get("sft", {}).get("margin") if judges else None
-    return [run_label(name, policy), *(interval(s[j]) for j in judges),
-            interval(s["kl"]), interval(s["kl_k3"]), interval(won)]
+    return [run_label(name, policy), *(_number(s[j]) for j in judges),
+            _number(s["kl"]), _number(s["kl_k3"]), _number(won)]
 
 def texts_table(summary:dict)->Table:
     "One row a policy: calibration on held-out candidates; length and diversity of its samples."
@@ -156,8 +148,8 @@ def texts_table(summary:dict)->Table:
 
 def _text_row(name, policy)->list:
     s, cal = policy["splits"]["test"], policy.get("calibration") or {}
-    return [run_label(name, policy), interval(cal.get("r2")), interval(cal.get("slope")),
-            interval(s["length"], 1), f"{s['finished']['value']:.0%}",
+    return [run_label(name, policy), _number(cal.get("r2")), _number(cal.get("slope")),
+            estimate_text(s["length"], ".1f"), f"{s['finished']['value']:.0%}",
             f"{s['distinct_2']['value']:.2f}", f"{s['distinct_share']['value']:.0%}"]
 
 # %% ../nbs/runs/04_report.ipynb #3a1f26f0

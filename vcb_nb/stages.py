@@ -173,7 +173,7 @@ STAGES = (
           one_job_per_method),
     Stage("evaluate", "vcb_nb.evaluate:evaluate", "vcb_nb.evaluate:EvaluateConfig",
           "Compare policies: rewards, KL, win rates, calibration.", _evaluation),
-    Stage("diagnose", "vcb_nb.evaluate:diagnose", "vcb_nb.evaluate:DiagnoseConfig",
+    Stage("diagnose", "vcb_nb.diagnosis:diagnose", "vcb_nb.diagnosis:DiagnoseConfig",
           "Draw the calibration plot of any two models.", in_recipes=False),
     Stage("report", "vcb_nb.report:report", "vcb_nb.report:ReportConfig",
           "Write the report of a run folder.",
