@@ -80,7 +80,7 @@ def growth()->str:
             fits = found("scaling", bench="scaling_fit", way=way, tokens=tokens)
             lines.append([f"`{way}`", name, cell(fits, "slope", "{:.3f}", 1e3),
                           cell(fits, "intercept", "{:.0f}", 1e3), cell(fits, "r2", "{:.3f}")])
-    return table("| way | tokens counted | ms a token | at no token (ms) | R² |", lines)
+    return table("| way | tokens counted | ms per token | at no token (ms) | R² |", lines)
 
 
 if __name__ == "__main__": print(headline(), others(), growth(), sep="\n\n")

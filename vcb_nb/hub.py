@@ -53,7 +53,7 @@ def model_folder(path, # folder, or name on the Hub
     wanted = _TEXT_FILES + ["*.safetensors"] * weights + ["*.py"] * trust_remote_code
     try: return Path(snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=["*/*"]))
     except (OSError, ValueError, HfHubHTTPError) as e:
-        raise InputError(f"{path}: neither a folder nor a model that the Hub gives us "
+        raise InputError(f"{path}: neither a folder nor a model available on the Hub "
                          f"({reason(e)}). Correct the name, or download the model and give "
                          "its folder.") from None
 

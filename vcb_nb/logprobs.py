@@ -1,4 +1,4 @@
-"""log π(y|x) of every candidate, in nats, and five ways in which others got it wrong.
+"""log π(y|x) of every candidate, in nats, and five common mistakes.
 
 Docs: https://vcb-nb.github.io/vcb_nb/foundations/logprobs.html.md"""
 
@@ -89,7 +89,7 @@ def _token_logps(model, batch, entropy, head_bytes)->tuple:
     return logps, token_mask, *(values.detach() for values in spread)
 
 def _row_token_logps(model, batch, token_mask, entropy)->Tensor: # [tokens, 1 or 2]
-    "Of the response tokens of rows, row after row."
+    "Log-probs of the response tokens of rows, row after row."
     rows, t = token_mask.nonzero(as_tuple=True)
     # Token t of a response stands at prompt_length + t and is predicted one position earlier.
     at = batch.prompt_lengths[rows] + t
@@ -104,6 +104,7 @@ def _response_logits(model, batch)->tuple: # logits [rows, positions, vocabulary
     keep = torch.arange(first, last, device=batch.input_ids.device)
     return model(**inputs, logits_to_keep=keep).logits, first
 
+# %% ../nbs/foundations/14_logprobs.ipynb #e3932646
 def _check_batch(model, batch):
     "Refuse a batch laid out by hand that the model cannot read: too long, or with an unknown id."
     width = batch.input_ids.shape[1]
@@ -229,7 +230,7 @@ def in_batches(model, # causal LM or reward model
     return found
 
 def _batches(prompt_ids, completion_ids, lengths, batch_tokens, way)->list:
-    "Of whole groups, or of single candidates of like length: lists of (prompt, its candidates)."
+    "Batches of whole groups, or of single candidates of like length: (prompt, its candidates)."
     if way == "shared": return packed_batches(prompt_ids, completion_ids, batch_tokens)
     places = [(i, [j]) for i, cs in enumerate(completion_ids) for j in range(len(cs))]
     return [[places[r] for r in batch] for batch in token_batches(lengths, batch_tokens)]

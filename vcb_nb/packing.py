@@ -25,6 +25,18 @@ from .artifacts import InputError
 from .batches import check_candidates
 from .models import accepts, unwrap
 
+# %% ../nbs/foundations/13_packing.ipynb #1ab9ff43
+def _group_places(prompt:list, completions:list, start:int, whole:bool)->tuple:
+    "Ids and positions of one group that starts at `start`, and the places that predict."
+    ids, positions, predict = list(prompt), list(range(len(prompt))), []
+    for completion in completions:
+        # The prompt's last token predicts the first token, each token the one after it.
+        first, last = start + len(ids), len(completion) - 1
+        predict += [start + len(prompt) - 1, *range(first, first + last)]
+        ids += completion if whole else completion[:-1]
+        positions += range(len(prompt), len(prompt) + last + whole)
+    return ids, positions, predict
+
 # %% ../nbs/foundations/13_packing.ipynb #9b2d592f
 @dataclass(frozen=True)
 class PackedCandidates:
@@ -49,17 +61,6 @@ class PackedCandidates:
         moved = {k: v.to(device, **kwargs) for k, v in vars(self).items() if isinstance(v, Tensor)}
         visible = {k: v.to(device, **kwargs) for k, v in self.visible.items()}
         return replace(self, **moved, visible=visible)
-
-def _group_places(prompt:list, completions:list, start:int, whole:bool)->tuple:
-    "Ids and positions of one group that starts at `start`, and the places that predict."
-    ids, positions, predict = list(prompt), list(range(len(prompt))), []
-    for completion in completions:
-        # The prompt's last token predicts the first token, each token the one after it.
-        first, last = start + len(ids), len(completion) - 1
-        predict += [start + len(prompt) - 1, *range(first, first + last)]
-        ids += completion if whole else completion[:-1]
-        positions += range(len(prompt), len(prompt) + last + whole)
-    return ids, positions, predict
 
 def pack_candidates(prompt_ids:list, # [prompts] lists of token ids
                     completion_ids:list, # [prompts][candidates] lists of token ids
@@ -118,7 +119,7 @@ def packed_attention(module, query:Tensor, # [1, heads, length, head size]
     return torch.cat(out, dim=1), None
 
 def _out_of_fused(value, key)->Tensor:
-    "Values copied out of a fused projection, three times their size, where they alone keep it."
+    "Values copied out of a fused projection, three times their size, if nothing else keeps it."
     buffer = value.untyped_storage()
     needed = buffer.data_ptr() == key.untyped_storage().data_ptr()
     return value if needed or buffer.nbytes() == value.nbytes else value.contiguous()
@@ -136,7 +137,7 @@ def _attend_group(module, group:list, lengths:tuple, packing, kwargs:dict)->list
     return out
 
 def _joined_again(pairs:list, joined:list):
-    "Instead of joined tensors autograd keeps their pieces, which lie in the row anyway."
+    "Let autograd keep the pieces, which lie in the row anyway, instead of the joined tensors."
     known = {(x.data_ptr(), x.shape, x.stride()): [piece.detach() for piece in pair]
              for x, pair in zip(joined, pairs)}
     return torch.autograd.graph.saved_tensors_hooks(
@@ -146,24 +147,10 @@ def _joined_again(pairs:list, joined:list):
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
 
-# %% ../nbs/foundations/13_packing.ipynb #9a672e3d
+# %% ../nbs/foundations/13_packing.ipynb #6d4c1a93
 # Architectures whose packed log-probs and gradients are tested against rows in float64.
 PACKABLE = ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi", "phi3", "qwen2",
             "qwen3", "smollm3", "starcoder2")
-_SCALES = {"logit_scale": 1., "logits_scaling": 1., "attn_logit_softcapping": None,
-           "final_logit_softcapping": None}
-
-def supports_packing(model, # causal LM or reward model, possibly wrapped (DDP, PEFT)
-                     length:"int | None"=None, # longest prompt + response; None: the context
-                    )->tuple: # (bool, reason: why not, in words, or '')
-    "Would this model give packed candidates what it gives rows? A doubtful model is refused."
-    config = unwrap(model).config.get_text_config()
-    checks = (_refuse_architecture(unwrap(model), config), _refuse_config(config, length),
-              _refuse_head(unwrap(model)), _refuse_modules(model))
-    reason = next(filter(None, checks), "")
-    return not reason, reason
-
-def _is_reward_model(base)->bool: return type(base).__name__.endswith("ForSequenceClassification")
 
 def _refuse_architecture(base, config)->str:
     "A reason why the model's code does not fit, or ''."
@@ -176,6 +163,12 @@ def _refuse_architecture(base, config)->str:
     if config._attn_implementation not in ("sdpa", PACKED_ATTENTION):
         return f"its attention is '{config._attn_implementation}', and packing needs 'sdpa'"
     return ""
+
+def _is_reward_model(base)->bool: return type(base).__name__.endswith("ForSequenceClassification")
+
+# %% ../nbs/foundations/13_packing.ipynb #c40c3ae2
+_SCALES = {"logit_scale": 1., "logits_scaling": 1., "attn_logit_softcapping": None,
+           "final_logit_softcapping": None}
 
 def _refuse_config(config, length)->str:
     "A reason in the model's settings, or ''."
@@ -191,6 +184,7 @@ def _refuse_config(config, length)->str:
         return f"its rotary frequencies ('{rope}') depend on the longest sequence of a batch"
     return ""
 
+# %% ../nbs/foundations/13_packing.ipynb #434d9098
 def _refuse_head(base)->str:
     "A reason in the vocabulary head or the score head, or ''."
     reward = _is_reward_model(base)
@@ -213,11 +207,22 @@ def _drops(module)->bool:
     return any("drop" in name and isinstance(value, float) and value > 0
                for name, value in vars(module).items())
 
+# %% ../nbs/foundations/13_packing.ipynb #9a672e3d
+def supports_packing(model, # causal LM or reward model, possibly wrapped (DDP, PEFT)
+                     length:"int | None"=None, # longest prompt + response; None: the context
+                    )->tuple: # (bool, reason: why not, in words, or '')
+    "Would this model give packed candidates what it gives rows? Models not known to are rejected."
+    config = unwrap(model).config.get_text_config()
+    checks = (_refuse_architecture(unwrap(model), config), _refuse_config(config, length),
+              _refuse_head(unwrap(model)), _refuse_modules(model))
+    reason = next(filter(None, checks), "")
+    return not reason, reason
+
 def enable_packing(model, length:"int | None"=None):
     """Set the attention function, once: without a layout it is plain SDPA, so it stays set.
 
-    Switching it off after the forward would be seen by gradient checkpointing, which runs the
-    forward again. `InputError` says why a model cannot be packed.
+    It cannot be switched off after the forward: gradient checkpointing runs the forward again.
+    `InputError` says why a model cannot be packed.
     """
     supported, reason = supports_packing(model, length)
     if not supported:
@@ -226,13 +231,109 @@ def enable_packing(model, length:"int | None"=None):
         unwrap(model).set_attn_implementation(PACKED_ATTENTION)
     return model
 
+# %% ../nbs/foundations/13_packing.ipynb #63c5c61d
+class _Block(NamedTuple):
+    "The head's part for a stretch of the vocabulary."
+    start:int
+    weight:Tensor # [columns, hidden size]
+    bias:"Tensor | None" # [columns]
+    tokens:Tensor # which tokens have their target in this block
+    places:Tensor # columns of those targets
+
+    @property
+    def rows(self)->slice: return slice(self.start, self.start + len(self.weight))
+
+def _blocks(weight, bias, targets, columns:int, dtype):
+    "Cut the head into stretches of its vocabulary, in the precision of the products."
+    starts = range(0, len(weight), columns)
+    counts = torch.bincount(targets // columns, minlength=len(starts)).tolist()
+    for start, tokens in zip(starts, targets.argsort().split(counts)):
+        part = slice(start, start + columns)
+        yield _Block(start, weight[part].to(dtype), None if bias is None else
+                     bias[part].to(dtype), tokens, targets[tokens] - start)
+
+def _logits(hidden, block, room)->Tensor: # [tokens, columns] fp32, or float64
+    "Logits of a block, computed in `room`; they stay there unless a product is of less precision."
+    if block.bias is None: logits = torch.mm(hidden, block.weight.T, out=room)
+    else: logits = torch.addmm(block.bias, hidden, block.weight.T, out=room)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+# %% ../nbs/foundations/13_packing.ipynb #9d117025
+class _OnlineSoftmax:
+    "Maxima, sums and entropies of logits that come a block of columns at a time."
+    def __init__(self, hidden, entropy:bool):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        self.total = hidden.new_zeros(len(hidden), 1, dtype=wide) # Σ exp(logit - top)
+        self.top = torch.full_like(self.total, torch.finfo(wide).min)
+        self.target, self.below = self.total.clone(), self.total # Σ exp(logit - top) (logit - top)
+        self.entropy = entropy
+
+    def add(self, logits, block)->tuple: # exp(logits - top) in place; the factor of all before
+        self.target[block.tokens, 0] = logits[block.tokens, block.places]
+        step = self.top - (top := torch.maximum(self.top, logits.amax(1, keepdim=True)))
+        masses, fade = logits.sub_(top).exp_(), step.exp()
+        if self.entropy:
+            self.below = (self.below + self.total * step) * fade - entropies(masses)[:, None]
+        self.top, self.total = top, self.total * fade + masses.sum(1, keepdim=True)
+        return masses, fade
+
+    def norm(self)->Tensor: return self.top + self.total.log() # [tokens, 1] log Σ exp(logit)
+    def logps(self)->Tensor: return self.target - self.top - self.total.log() # [tokens, 1]
+
+    def entropies(self)->Tensor: # [tokens], none if they were not wanted
+        if not self.entropy: return self.total.new_empty(0)
+        return (self.total.log() - self.below / self.total)[:, 0]
+
+def entropies(probs:Tensor, # [..., vocabulary] probabilities
+             )->Tensor: # [...] nats
+    "Entropy of each next-token distribution."
+    return torch.special.entr(probs).sum(-1)
+
+# %% ../nbs/foundations/13_packing.ipynb #99fe5d2e
+class _Rooms:
+    """Memory for blocks of logits: a place for each if the backward reads them again, else one.
+
+    Several places share one piece: glibc returns a piece to the system as soon as it is free
+    only from 32 MB on; smaller ones leave holes.
+    """
+    PIECE = 2**25 # bytes
+
+    def __init__(self, hidden, keep:bool):
+        self.hidden, self.keep, self.free = hidden, keep, hidden.new_empty(0)
+        self.rows = len(hidden) # of a room, with what is left free behind it
+
+    def gradient(self, weight, columns:int)->"Tensor | None": # like weight
+        """The first piece of memory, over which the backward writes the weight's gradient.
+
+        Each block's gradient goes where blocks were that have been read: the first room begins
+        one block behind it, and no other comes nearer. Asking for fresh memory would take longer.
+        None if the gradient has another precision.
+        """
+        if weight.dtype != self.hidden.dtype: return None
+        whole, lead = weight.numel(), min(columns, len(weight)) * weight.shape[1]
+        self.rows = max(self.rows, weight.shape[1])
+        piece = self.free.new_empty(whole + lead)
+        self.free = piece[lead:]
+        return piece[:whole].view(weight.shape)
+
+    def take(self, block)->Tensor: # [tokens, columns]
+        "A place for the logits of a block."
+        columns = len(block.weight)
+        size = self.rows * columns
+        if len(self.free) < size:
+            least = self.PIECE // self.free.itemsize if self.keep else size
+            self.free = self.free.new_empty(max(size, least))
+        room = self.free[:len(self.hidden) * columns].view(-1, columns)
+        if self.keep: self.free = self.free[size:]
+        return room
+
 # %% ../nbs/foundations/13_packing.ipynb #3fc8a466
 class _HeadLogps(torch.autograd.Function):
     """Log-probabilities of targets from hidden states, some columns of the logits at a time.
 
-    `keep`: the blocks stay for the backward, [tokens, vocabulary] in all, and the weight's
-    gradient takes their place; otherwise it computes them again. A frozen head needs neither: the
-    hidden states' gradient is formed in the forward.
+    With `keep` the blocks stay for the backward, [tokens, vocabulary] in all, and the weight's
+    gradient takes their place; otherwise the backward computes them again. A frozen head needs
+    neither: the gradient of the hidden states is formed in the forward.
     """
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, columns, keep, entropy):
@@ -274,93 +375,6 @@ class _HeadLogps(torch.autograd.Function):
         if bias is not None: to_bias.index_add_(0, targets, odds[:, 0].to(bias.dtype))
         return (to_hidden * grad).to(hidden.dtype), to_weight, to_bias, None, None, None, None
 
-class _Rooms:
-    """Memory for blocks of logits: its own for each where the backward reads them again.
-
-    Some lie in one piece: glibc hands a piece back as soon as it is free only from
-    32 MB on; smaller ones leave holes.
-    """
-    PIECE = 2**25 # bytes
-
-    def __init__(self, hidden, keep:bool):
-        self.hidden, self.keep, self.free = hidden, keep, hidden.new_empty(0)
-        self.rows = len(hidden) # of a room, with what is left free behind it
-
-    def gradient(self, weight, columns:int)->"Tensor | None": # like weight
-        """The first piece of memory, over which the backward writes the weight's gradient.
-
-        Each block's gradient goes where blocks lay that were read: the first room begins one
-        block behind it, and no other comes nearer. Asking for fresh memory would take longer.
-        None where the gradient is of another precision.
-        """
-        if weight.dtype != self.hidden.dtype: return None
-        whole, lead = weight.numel(), min(columns, len(weight)) * weight.shape[1]
-        self.rows = max(self.rows, weight.shape[1])
-        piece = self.free.new_empty(whole + lead)
-        self.free = piece[lead:]
-        return piece[:whole].view(weight.shape)
-
-    def take(self, block)->Tensor: # [tokens, columns]
-        columns = len(block.weight)
-        size = self.rows * columns
-        if len(self.free) < size:
-            least = self.PIECE // self.free.itemsize if self.keep else size
-            self.free = self.free.new_empty(max(size, least))
-        room = self.free[:len(self.hidden) * columns].view(-1, columns)
-        if self.keep: self.free = self.free[size:]
-        return room
-
-class _Block(NamedTuple):
-    "The head's part for a stretch of the vocabulary."
-    start:int
-    weight:Tensor # [columns, hidden size]
-    bias:"Tensor | None" # [columns]
-    tokens:Tensor # which tokens have their target in this block
-    places:Tensor # columns of those targets
-
-    @property
-    def rows(self)->slice: return slice(self.start, self.start + len(self.weight))
-
-def _blocks(weight, bias, targets, columns:int, dtype):
-    "Cut the head into stretches of its vocabulary, in the precision of the products."
-    starts = range(0, len(weight), columns)
-    counts = torch.bincount(targets // columns, minlength=len(starts)).tolist()
-    for start, tokens in zip(starts, targets.argsort().split(counts)):
-        part = slice(start, start + columns)
-        yield _Block(start, weight[part].to(dtype), None if bias is None else
-                     bias[part].to(dtype), tokens, targets[tokens] - start)
-
-def _logits(hidden, block, room)->Tensor: # [tokens, columns] fp32, or float64
-    "Logits of a block, computed in `room`; they stay there unless a product is of less precision."
-    if block.bias is None: logits = torch.mm(hidden, block.weight.T, out=room)
-    else: logits = torch.addmm(block.bias, hidden, block.weight.T, out=room)
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-class _OnlineSoftmax:
-    "Maxima, sums and entropies of logits that come a block of columns at a time."
-    def __init__(self, hidden, entropy:bool):
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        self.total = hidden.new_zeros(len(hidden), 1, dtype=wide) # Σ exp(logit - top)
-        self.top = torch.full_like(self.total, torch.finfo(wide).min)
-        self.target, self.below = self.total.clone(), self.total # Σ exp(logit - top) (logit - top)
-        self.entropy = entropy
-
-    def add(self, logits, block)->tuple: # exp(logits - top) in place; the factor of all before
-        self.target[block.tokens, 0] = logits[block.tokens, block.places]
-        step = self.top - (top := torch.maximum(self.top, logits.amax(1, keepdim=True)))
-        masses, fade = logits.sub_(top).exp_(), step.exp()
-        if self.entropy:
-            self.below = (self.below + self.total * step) * fade - entropies(masses)[:, None]
-        self.top, self.total = top, self.total * fade + masses.sum(1, keepdim=True)
-        return masses, fade
-
-    def norm(self)->Tensor: return self.top + self.total.log() # [tokens, 1] log Σ exp(logit)
-    def logps(self)->Tensor: return self.target - self.top - self.total.log() # [tokens, 1]
-
-    def entropies(self)->Tensor: # [tokens], none if they were not wanted
-        if not self.entropy: return self.total.new_empty(0)
-        return (self.total.log() - self.below / self.total)[:, 0]
-
 def _others(hidden, block, norm, kept, rooms)->tuple: # [tokens, columns] and [tokens, 1]
     "Probabilities of all but the targets in a block, in the products' precision, and their scale."
     if kept is None: kept = _logits(hidden, block, rooms.take(block)).sub_(norm).exp_(), norm
@@ -373,10 +387,20 @@ def _product(left, right, out)->None:
     if out.dtype == left.dtype: torch.mm(left, right, out=out)
     else: out.copy_(left @ right)
 
-def entropies(probs:Tensor, # [..., vocabulary] probabilities
-             )->Tensor: # [...] nats
-    "Entropy of each next-token distribution."
-    return torch.special.entr(probs).sum(-1)
+# %% ../nbs/foundations/13_packing.ipynb #e355de10
+HEAD_BYTES = 2**30 # for what a step keeps of its logits
+HEAD_BLOCK = 2**22 # bytes of logits at a time: what a processor's cache holds
+HEAD_COLUMNS = 512 # at least, so that the products stay large
+
+def _head_plan(head, tokens:int, head_bytes:int)->tuple: # columns at a time, keep?
+    "Keep the blocks where the budget allows it, else compute them again in the backward."
+    column = tokens * (8 if head.weight.dtype == torch.float64 else 4)
+    block = 2**28 if head.weight.is_cuda else max(HEAD_BLOCK, HEAD_COLUMNS * column)
+    keep = torch.is_grad_enabled() and head.out_features * column <= head_bytes
+    columns = max(1, min(block, head_bytes) // column)
+    # An odd multiple of 64: products of ragged columns take half as long again, and rows a power
+    # of two apart fall on the same lines of the cache.
+    return columns if columns < 64 else (columns // 64 - 1 | 1) * 64, keep
 
 def _blockwise_head(head, targets, entropy, columns, keep):
     """A forward for the head that gives its targets' log-probs [1, tokens, 1] in place of logits,
@@ -397,21 +421,7 @@ def _replaced(head, forward):
     try: yield
     finally: del head.forward
 
-def _head_plan(head, tokens:int, head_bytes:int)->tuple: # columns at a time, keep?
-    "Keep the blocks where the budget allows it, else compute them again in the backward."
-    column = tokens * (8 if head.weight.dtype == torch.float64 else 4)
-    block = 2**28 if head.weight.is_cuda else max(HEAD_BLOCK, HEAD_COLUMNS * column)
-    keep = torch.is_grad_enabled() and head.out_features * column <= head_bytes
-    columns = max(1, min(block, head_bytes) // column)
-    # An odd multiple of 64: products of ragged columns take half as long again, and rows a power
-    # of two apart fall on the same lines of the cache.
-    return columns if columns < 64 else (columns // 64 - 1 | 1) * 64, keep
-
 # %% ../nbs/foundations/13_packing.ipynb #4ede8d71
-HEAD_BYTES = 2**30 # for what a step keeps of its logits
-HEAD_BLOCK = 2**22 # bytes of logits at a time: what a processor's cache holds
-HEAD_COLUMNS = 512 # at least, so that the products stay large
-
 def packed_token_logps(model, # causal LM of `enable_packing`, possibly wrapped (DDP, PEFT)
                        packing:PackedCandidates, # on the model's device
                        head_bytes:int=HEAD_BYTES, # budget; beyond it logits are recomputed
