@@ -124,7 +124,7 @@ def new_reward_model(policy_path, # SFT folder or Hub name; an adapter is merged
     model = disable_dropout(_origin(model, policy_path)).to(policy.device)
     return _separate_pad_id(model, tokenizer, tokenizer.pad_token_id)
 
-# %% ../nbs/foundations/10_loading.ipynb #88bf55fc
+# %% ../nbs/foundations/10_loading.ipynb #410422ee
 def load_reward_model(path, # folder or Hub name
                       dtype=None, # torch dtype or its name; None: float32
                       device=None, # None: stay on the CPU
@@ -151,5 +151,5 @@ def _check_one_score(path, config):
         raise InputError(f"{path}: {names[0]} has no score head. "
                          "Train a reward model from it first.")
     if config.num_labels != 1:
-        raise InputError(f"{path}: the model gives {config.num_labels} numbers, and a reward is one. "
-                         "Give a reward model with num_labels 1.")
+        raise InputError(f"{path}: the model gives {config.num_labels} numbers, and a reward is "
+                         "one. Give a reward model with num_labels 1.")
