@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from vcb_nb.artifacts import InputError, did_you_mean
 from vcb_nb.logprobs import score_logps
 from vcb_nb.models import as_dtype, new_policy
-from vcb_nb.training import option
+from vcb_nb.settings import option
 
 # layers, hidden size and heads; their vocabulary has 50304 entries
 PYTHIA = {"pythia-160m": (12, 768, 12), "pythia-410m": (24, 1024, 16),

@@ -2,7 +2,7 @@
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from vcb_nb.models import unwrap
+from vcb_nb.batches import unwrap
 
 
 def trunk_weights(model)->int:

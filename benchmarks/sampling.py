@@ -3,7 +3,7 @@ import statistics
 
 import torch
 
-from vcb_nb.models import evaluating
+from vcb_nb.batches import evaluating
 from vcb_nb.sample import sample_candidates
 
 from .common import COLUMNS, World, alternate, emit, make_world, peak_growth, records, run

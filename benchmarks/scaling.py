@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vcb_nb.artifacts import InputError, did_you_mean
-from vcb_nb.training import option
+from vcb_nb.settings import option
 
 from .common import COLUMNS, Settings, emit, make_world, record, run
 from .step import logps_call, measure_calls

@@ -2,7 +2,7 @@
 from vcb_nb.judges import reward_scores, row_scores
 from vcb_nb.loading import new_reward_model
 from vcb_nb.logprobs import score_logps
-from vcb_nb.models import evaluating
+from vcb_nb.batches import evaluating
 from vcb_nb.saving import save_model
 
 from .common import (World, alternate, best_rate, emit, make_world, matmul_calls, peak_growth,

@@ -12,7 +12,7 @@ from vcb_nb.diagnosis import DiagnoseConfig, diagnose
 from vcb_nb.loading import load_policy
 from vcb_nb.models import new_policy
 from vcb_nb.saving import save_model
-from vcb_nb.tokenizers import check_same_tokenizer
+from vcb_nb.loading import check_same_tokenizer
 
 
 def diagnosis(policy, reference, candidates, out, **changes):

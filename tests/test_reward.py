@@ -14,7 +14,7 @@ from vcb_nb.models import new_policy
 from vcb_nb.reward import (RewardConfig, bradley_terry_loss, collate_pairs, encode_pair,
                            reward_datasets, reward_trainer, split_scores, train_reward)
 from vcb_nb.saving import save_model
-from vcb_nb.tokenizers import load_tokenizer
+from vcb_nb.loading import load_tokenizer
 from vcb_nb.training import read_curve
 
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128)

@@ -5,7 +5,7 @@ from tiny_models import ARCHITECTURES, base, logits, tiny, tokenizer
 from vcb_nb.adapters import add_lora
 from vcb_nb.loading import load_policy
 from vcb_nb.saving import save_model
-from vcb_nb.tokenizers import load_tokenizer
+from vcb_nb.loading import load_tokenizer
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -17,7 +17,8 @@ from vcb_nb.sample import SampleConfig, sample
 from vcb_nb.saving import save_model
 from vcb_nb.score import ScoreConfig, reward_statistics, score, score_rows
 from vcb_nb.shards import list_parts
-from vcb_nb.tokenizers import load_tokenizer, same_tokenizer
+from vcb_nb.loading import load_tokenizer
+from vcb_nb.tokenizers import same_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["The soup", "A small room with a view;", "He said that", "We", "How was the film?",

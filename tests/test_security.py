@@ -9,7 +9,7 @@ import pytest, torch, yaml
 from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError, write_json, write_jsonl
 from vcb_nb.cli import main
-from vcb_nb.hub import trusting_remote_code
+from vcb_nb.loading import trusting_remote_code
 from vcb_nb.loading import load_policy, load_reward_model, new_reward_model
 from vcb_nb.models import new_policy
 from vcb_nb.pipeline import plan
@@ -17,7 +17,7 @@ from vcb_nb.recipes import load_recipe, shipped_recipes
 from vcb_nb.report import (Figure, Heading, ReportConfig, pipeline_blocks, report, sample_blocks,
                            write_report)
 from vcb_nb.saving import save_model
-from vcb_nb.tokenizers import load_tokenizer
+from vcb_nb.loading import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("vcb_nb", "tools", "benchmarks")

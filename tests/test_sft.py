@@ -13,7 +13,7 @@ from vcb_nb.models import new_policy
 from vcb_nb.saving import save_model
 from vcb_nb.sft import (SFTConfig, _make_model, collate_rows, encode_demonstration, pack_texts,
                         sft_datasets, sft_trainer, train_sft)
-from vcb_nb.tokenizers import load_tokenizer
+from vcb_nb.loading import load_tokenizer
 from vcb_nb.training import last_checkpoint, read_curve
 
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128)

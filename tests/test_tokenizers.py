@@ -4,7 +4,8 @@ from tiny_models import base, logits, make_tokenizer, sft_adapter, tiny, tokeniz
 from transformers import GPT2Tokenizer
 
 from vcb_nb.artifacts import InputError
-from vcb_nb.tokenizers import load_tokenizer, match_tokenizer, separate_padding
+from vcb_nb.loading import load_tokenizer
+from vcb_nb.tokenizers import match_tokenizer, separate_padding
 
 
 def test_padding_is_never_the_end(tokenizer, tmp_path):

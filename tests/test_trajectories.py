@@ -28,7 +28,7 @@ from vcb_nb.packing import HEAD_BYTES
 from vcb_nb.reward import RewardConfig
 from vcb_nb.saving import save_model
 from vcb_nb.sft import SFTConfig
-from vcb_nb.tokenizers import load_tokenizer
+from vcb_nb.loading import load_tokenizer
 from vcb_nb.training import checkpoint_args, read_curve, run_training
 
 STEPS, SIZE, ROWS = 30, 8, 21 # 21 = 8 + 8 + 5: every third step is short

@@ -12,8 +12,7 @@ import inspect
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
-from .artifacts import InputError, did_you_mean
-from .hub import reason
+from .artifacts import InputError, did_you_mean, reason
 
 # %% ../nbs/foundations/09_adapters.ipynb #7d558058
 def check_lora(peft_config:"dict | None")->None:

@@ -22,16 +22,15 @@ from torch import Tensor
 from transformers import set_seed
 from .adapters import add_lora, check_lora
 from .artifacts import InputError
-from .batches import check_candidates, check_context, check_vocabulary
-from .data import attach_ids, load_candidates
-from .loading import load_policy
+from .batches import check_candidates, check_context, check_vocabulary, unwrap
+from .data import attach_ids, check_stored_ids, load_candidates
+from .loading import check_same_tokenizer, load_policy, load_tokenizer
 from .logprobs import WAYS, checked_logps, choose_way, lay_out
 from .losses import LOSSES, calibration_metrics, preference_loss, reward_sigma
 from .measures import pad_ragged, pooled_sigma
-from .models import disable_dropout, unwrap
+from .models import disable_dropout
 from .saving import save_model
 from .settings import check_choice, check_least, option
-from .tokenizers import check_same_tokenizer, check_stored_ids, load_tokenizer
 from .training import (EvenTrainer, TrainingDefaults, check_share, checkpoint_args,
                              final_evaluation, held_out_split, remove_checkpoints, run_training)
 

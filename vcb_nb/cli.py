@@ -152,7 +152,7 @@ def _run_recipe(args:list)->None:
 def _trust(own):
     "What --trust_remote_code does: here and in Python only, no recipe can set it."
     if not own.trust_remote_code: return nullcontext()
-    from vcb_nb.hub import trusting_remote_code
+    from vcb_nb.loading import trusting_remote_code
     return trusting_remote_code()
 
 # %% ../nbs/runs/05_cli.ipynb #4a6a6e81

@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/data.html.md"""
 __all__ = ['COLUMN_TYPES', 'IN_MEMORY', 'ASSISTANT', 'HUMAN', 'TLDR', 'DEMONSTRATION_FORMATS', 'PROMPT_FORMATS', 'PER_CANDIDATE',
            'EOS', 'PAD', 'PAIR_MODES', 'load_rows', 'split_dialogue', 'load_pairs', 'load_demonstrations',
            'load_prompts', 'load_texts', 'load_candidates', 'train_tokenizer', 'encode_prompt', 'encode_prompts',
-           'encode_completion', 'attach_ids', 'candidates_to_pairs', 'pairs_to_candidates']
+           'encode_completion', 'attach_ids', 'check_stored_ids', 'candidates_to_pairs', 'pairs_to_candidates']
 
 # %% ../nbs/foundations/04_data.ipynb #c1c65889
 import gzip, json, logging, re, zlib
@@ -571,6 +571,25 @@ def attach_ids(dataset:Dataset, # candidate rows: prompt, completions, optionall
     counts.update(Counter(filter(None, rows["lack"])), **{"empty completion": sum(rows["emptied"])})
     if any(rows["lack"]): rows = rows.filter(lambda lack: not lack, input_columns="lack")
     return rows.remove_columns(["emptied", "lack"]), counts
+
+# %% ../nbs/foundations/04_data.ipynb #becbf322
+def check_stored_ids(dataset, # candidate rows
+                     tokenizer, # of `model`
+                     model:str, source:str, # for the message
+                    )->None:
+    "Raise `InputError` where most of the first stored ids give other texts than are stored."
+    if not {"completion_ids", "completions"} <= set(dataset.column_names): return
+    said = [(tokenizer.decode(ids, skip_special_tokens=True).strip(), text.strip())
+            for row in dataset.select(range(min(8, len(dataset))))
+            for ids, text in zip(row["completion_ids"], row["completions"])]
+    # White space at the ends may have been cut from the texts, and special tokens have none.
+    said = [pair for pair in said if pair[1]]
+    # A long completion's ids may have been cut, within a character even.
+    other = [(a, b) for a, b in said if not b.startswith(a.rstrip("\ufffd"))]
+    if len(other) > len(said) / 2:
+        raise InputError(f"{source}: the stored token ids are not of the tokenizer of {model}, "
+                         f"which reads {other[0][0][:30]!r} for {other[0][1][:30]!r}. Give the "
+                         "policy that the candidates come from.")
 
 # %% ../nbs/foundations/04_data.ipynb #d45da5f5
 PAIR_MODES = ("all", "best_worst", "best_of_rest")

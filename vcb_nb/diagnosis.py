@@ -18,9 +18,9 @@ from .artifacts import atomic_write, write_json
 from .evaluate import (Table, _Scoring, add_logps, add_rewards, calibrate_table,
                              candidate_table, source_mark)
 from .figures import figure_bytes, plot_diagnosis
+from .loading import check_same_tokenizer, load_tokenizer
 from .measures import SIGMAS, estimate_text
 from .settings import REQUIRED, check_above, check_choice, option
-from .tokenizers import check_same_tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -14,14 +14,13 @@ import logging, math
 import torch
 
 from .artifacts import InputError
-from .batches import candidate_rows, check_readable, pad_rows, regroup
+from .batches import accepts, candidate_rows, check_readable, pad_rows, regroup, unwrap
 from .data import encode_completion, encode_prompt
-from .loading import load_reward_model
+from .loading import load_reward_model, load_tokenizer
 from .logprobs import in_batches
-from .models import accepts, unwrap
 from .packing import packed_layout, packed_scores
 from .settings import is_function, load_function
-from .tokenizers import load_tokenizer, same_tokenizer
+from .tokenizers import same_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .artifacts import InputError, did_you_mean
-from .batches import (candidate_rows, check_batch_ids, check_candidates, check_context,
-                            check_readable, pad_rows, row_lengths, token_batches)
-from .models import accepts, context_length, evaluating
+from .batches import (accepts, candidate_rows, check_batch_ids, check_candidates,
+                            check_context, check_readable, context_length, evaluating, pad_rows,
+                            row_lengths, token_batches)
 from .packing import (HEAD_BYTES, PackedCandidates, enable_packing, logps_of_logits,
                             packed_batches, packed_layout, packed_token_logps, supports_packing)
 

@@ -6,21 +6,18 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/models.html.md"""
 
 # %% auto #0
 __all__ = ['DTYPES', 'SMALL', 'pick_device', 'as_dtype', 'disable_dropout', 'check_architecture', 'new_config', 'random_model',
-           'new_policy', 'unwrap', 'accepts', 'context_length', 'evaluating']
+           'new_policy']
 
 # %% ../nbs/foundations/08_models.ipynb #ba114834
 import inspect, math, os
-from contextlib import contextmanager
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftModel
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .artifacts import InputError, did_you_mean
-from .hub import reason
+from .artifacts import InputError, did_you_mean, reason
 from .tokenizers import SPECIAL_IDS
 
 # %% ../nbs/foundations/08_models.ipynb #d0d9f45f
@@ -150,28 +147,3 @@ def new_policy(tokenizer, # its length and special ids are used
     "A causal LM with random weights. The same seed gives the same weights."
     config = new_config(tokenizer, architecture, **overrides)
     return disable_dropout(random_model(AutoModelForCausalLM, config, seed))
-
-# %% ../nbs/foundations/08_models.ipynb #03dbca3c
-def unwrap(model): # PreTrainedModel
-    "The transformers model inside DDP, a compiled module or PEFT."
-    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
-        model = model.module if hasattr(model, "module") else model._orig_mod
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-def accepts(model, argument:str)->bool:
-    "Does the model's `forward` take this argument?"
-    return argument in inspect.signature(type(unwrap(model)).forward).parameters
-
-def context_length(model)->"int | None":
-    "How many positions the model was built to read, where its config says so."
-    return getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
-
-# %% ../nbs/foundations/08_models.ipynb #fc5446b6
-@contextmanager
-def evaluating(model):
-    "No gradients and eval mode inside; the model's mode is restored after."
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(): yield model
-    finally: model.train(training)

@@ -22,8 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .artifacts import InputError
-from .batches import check_candidates
-from .models import accepts, unwrap
+from .batches import accepts, check_candidates, unwrap
 
 # %% ../nbs/foundations/13_packing.ipynb #1ab9ff43
 def _group_places(prompt:list, completions:list, start:int, whole:bool)->tuple:

@@ -24,14 +24,12 @@ import torch.nn.functional as F
 from transformers import AutoConfig, DynamicCache
 
 from .artifacts import InputError, Progress
-from .batches import pad_rows
+from .batches import accepts, context_length, evaluating, pad_rows, unwrap
 from .data import encode_prompts, load_prompts
-from .hub import model_folder
-from .loading import load_policy
-from .models import accepts, as_dtype, context_length, evaluating, pick_device, unwrap
+from .loading import load_policy, load_tokenizer, model_folder
+from .models import as_dtype, pick_device
 from .settings import REQUIRED, check_choice, check_least, check_required, option
 from .shards import complete_parts, read_parts
-from .tokenizers import load_tokenizer
 
 log = logging.getLogger(__name__)
 
