@@ -15,7 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from vcb_nb.artifacts import InputError, did_you_mean
 from vcb_nb.logprobs import score_logps
-from vcb_nb.models import as_dtype, new_policy
+from vcb_nb.loading import as_dtype
+from vcb_nb.models import new_policy
 from vcb_nb.settings import option
 
 # layers, hidden size and heads; their vocabulary has 50304 entries

@@ -7,7 +7,7 @@ from vcb_nb.batches import candidate_rows, pad_rows
 from vcb_nb.calibrate import CalibrationConfig, CalibrationTrainer
 from vcb_nb.logprobs import candidate_logps
 from vcb_nb.losses import preference_loss
-from vcb_nb.models import as_dtype
+from vcb_nb.loading import as_dtype
 
 from .common import (EOS, World, alternate, best_rate, emit, make_world, matmul_calls,
                      peak_growth, records, run)

@@ -4,7 +4,8 @@ from tiny_models import ARCHITECTURES, logits, tiny, tokenizer
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.loading import load_policy
-from vcb_nb.models import as_dtype, disable_dropout, new_policy, pick_device
+from vcb_nb.loading import as_dtype, pick_device
+from vcb_nb.models import disable_dropout, new_policy
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -6,9 +6,9 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/artifacts.html.md"""
 
 # %% auto #0
 __all__ = ['MANIFEST', 'PENDING', 'LOCK', 'OWNER', 'InputError', 'did_you_mean', 'reason', 'atomic_write', 'write_json',
-           'write_jsonl', 'read_json', 'atomic_dir', 'remove_leftovers', 'fingerprint', 'write_sealed', 'is_altered',
-           'refuse_altered', 'list_outputs', 'changed_outputs', 'read_manifest', 'write_manifest', 'finished_stages',
-           'run_lock', 'disk_refusal', 'Progress']
+           'write_jsonl', 'read_json', 'atomic_dir', 'remove_leftovers', 'fingerprint', 'list_outputs',
+           'changed_outputs', 'read_manifest', 'write_manifest', 'finished_stages', 'run_lock', 'disk_refusal',
+           'Progress']
 
 # %% ../nbs/foundations/01_artifacts.ipynb #230c1d50
 import difflib, hashlib, json, os, re, shutil
@@ -134,27 +134,6 @@ def fingerprint(thing, # a `Path` to a file or folder, or any JSON-able object
     if not thing.is_dir():
         raise InputError(f"{thing} does not exist. Make it first, or correct the path.")
     return fingerprint({p.relative_to(thing).as_posix(): _file_digest(p) for p in _files(thing)})
-
-# %% ../nbs/foundations/01_artifacts.ipynb #fc21a384
-def _seal(path)->Path: return Path(path).with_name(f".{Path(path).name}.digest")
-
-def write_sealed(path, rows)->Path:
-    "Write JSON lines and their seal."
-    lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    atomic_write(_seal(path), _digest(lines.encode()))
-    return atomic_write(path, lines)
-
-def is_altered(path)->bool:
-    "Whether a file differs from what was sealed."
-    seal = _seal(path)
-    return seal.exists() and seal.read_text("utf-8") != _file_digest(path)
-
-def refuse_altered(paths)->None:
-    "Raise `InputError` for the first file that was changed since it was sealed."
-    for path in filter(is_altered, paths):
-        raise InputError(f"{path} was cut or changed after it was written. Run its stage again to "
-                         f"remake this part. If the change was intended, delete "
-                         f"{_seal(path).name} beside it.")
 
 # %% ../nbs/foundations/01_artifacts.ipynb #8f7669e0
 MANIFEST, PENDING = "manifest.json", "pending.json"

@@ -387,7 +387,7 @@ def reference_gap(record:Tensor, lengths:Tensor)->float: # nats per token
     return ((record[..., 1] - record[..., 2]).abs()[mask].sum() / lengths[mask].sum()).item()
 
 def check_lengths(model, dataset)->None:
-    "Refuse candidates that the model cannot read before training starts; no step checks them again."
+    "Refuse candidates that the model cannot read before training starts: no step checks again."
     if dataset is None: return
     if isinstance(dataset, dict): return [check_lengths(model, d) for d in dataset.values()]
     # An empty completion is never picked.

@@ -115,8 +115,8 @@ def stage_parser(stage, # of STAGES
                  everything:bool=False, # describe the inherited settings too?
                 )->_Parser:
     "The options of a stage's command."
-    parser = _Parser(stage.name, "[RECIPE] [OPTIONS]", f"{stage.help}\nWith a recipe, this stage of "
-                     "it runs with the settings given here. Without one, it runs alone.")
+    parser = _Parser(stage.name, "[RECIPE] [OPTIONS]", f"{stage.help}\nWith a recipe, this stage "
+                     "of it runs with the settings given here. Without one, it runs alone.")
     hints, own = typing.get_type_hints(stage.config_class), _own_settings(stage.config_class)
     inherited = [f for f in dataclasses.fields(stage.config_class) if f.init and f not in own]
     groups = {"settings": own, "settings of transformers.TrainingArguments": inherited}

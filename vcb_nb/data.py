@@ -20,7 +20,8 @@ import pyarrow as pa
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from .artifacts import InputError, atomic_dir, did_you_mean, refuse_altered
+from .artifacts import InputError, atomic_dir, did_you_mean
+from .shards import refuse_altered
 
 _log = logging.getLogger(__name__)
 

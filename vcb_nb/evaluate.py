@@ -20,11 +20,10 @@ import torch
 from .artifacts import InputError, did_you_mean, fingerprint, read_json, write_json
 from .data import attach_ids, load_candidates, load_rows
 from .judges import checked_numbers, load_judge
-from .loading import check_same_tokenizer, load_policy, load_tokenizer
+from .loading import as_dtype, check_same_tokenizer, load_policy, load_tokenizer, pick_device
 from .logprobs import score_logps
 from .measures import (calibration, distinct_n, distinct_share, estimate, kl_estimates,
                              margin, win_tie_lose)
-from .models import as_dtype, pick_device
 from .sample import SampleConfig, sample
 from .settings import (REQUIRED, check_least, check_required, config_key, is_function,
                              load_function, option, source_key)

@@ -22,9 +22,8 @@ from .adapters import add_lora, check_lora
 from .artifacts import InputError, write_json
 from .batches import pad_rows
 from .data import encode_completion, encode_prompt, load_pairs, load_rows
-from .loading import load_tokenizer, new_reward_model
+from .loading import as_dtype, load_tokenizer, new_reward_model
 from .measures import reward_metrics
-from .models import as_dtype
 from .settings import REQUIRED, check_least, check_required, option
 from .training import (EvenTrainer, TrainingDefaults, check_share, checkpoint_args,
                              final_loss, held_out_split, remove_checkpoints, run_training)

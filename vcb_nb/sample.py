@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from transformers import AutoConfig, DynamicCache
 
 from .artifacts import InputError, Progress
-from .batches import accepts, context_length, evaluating, pad_rows, unwrap
+from .batches import accepts, evaluating, pad_rows, unwrap
 from .data import encode_prompts, load_prompts
-from .loading import load_policy, load_tokenizer, model_folder
-from .models import as_dtype, pick_device
+from .loading import (as_dtype, load_policy, load_tokenizer, pick_device, read_context,
+                            whole_folder)
 from .settings import REQUIRED, check_choice, check_least, check_required, option
 from .shards import complete_parts, read_parts
 
@@ -311,24 +311,13 @@ def decode_texts(tokenizer, completion_ids:list)->list:
     return [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             for ids in completion_ids]
 
-def load_sampler(config:SampleConfig, tokenizer, prompts:list, prompt_ids:list):
+def load_sampler(config:SampleConfig, tokenizer, length:int):
     "A function (prompt_ids, n, **sampling) → `Samples` on either backend, its model loaded."
     if config.backend == "vllm":
-        folder = _whole_weights(config.policy)
-        shape = AutoConfig.from_pretrained(folder).get_text_config()
-        check_prompts(config, prompts, prompt_ids, getattr(shape, "max_position_embeddings", None))
-        length = max(map(len, prompt_ids)) + config.max_new_tokens
-        return partial(vllm_candidates, load_vllm(folder, length, config.dtype), tokenizer)
+        engine = load_vllm(whole_folder(config.policy), length, config.dtype)
+        return partial(vllm_candidates, engine, tokenizer)
     model = load_policy(config.policy, dtype=config.dtype, device=config.device)
-    check_prompts(config, prompts, prompt_ids, context_length(model))
     return partial(sample_candidates, model, tokenizer, batch_size=config.batch_size)
-
-def _whole_weights(policy)->Path:
-    "The policy's folder; `InputError` where it holds a LoRA adapter only."
-    folder = model_folder(policy)
-    if not (folder/"adapter_config.json").is_file(): return folder
-    raise InputError(f"{policy} is a LoRA adapter, and vLLM reads whole weights. Give the folder "
-                     "of the merged model, or set backend to transformers.")
 
 def _rows_of_part(config, part:int, prompts:list)->range:
     "The numbers of a part's prompts."
@@ -360,15 +349,17 @@ def sample(config:SampleConfig)->dict: # summary: counts, mean length, shares, t
     "Sample every prompt into `output_dir/data`; resumes where an earlier call was cut off."
     prompts = load_prompts(config.prompts)["prompt"][:config.limit]
     tokenizer = load_tokenizer(config.policy)
+    context = read_context(config.policy)
     prompt_ids, truncated = encode_prompts(tokenizer, prompts, config.max_prompt_length)
-    check_prompts(config, prompts, prompt_ids)
+    check_prompts(config, prompts, prompt_ids, context)
     if truncated: log.warning("%d of %d prompts were cut", truncated, len(prompts))
     speed = {"tokens_per_second": None}
 
     @contextmanager
     def sampler(parts):
         "The model is loaded; a bar shows samples and tokens per second."
-        draw = load_sampler(config, tokenizer, prompts, prompt_ids)
+        longest = max(map(len, prompt_ids)) + config.max_new_tokens
+        draw = load_sampler(config, tokenizer, longest)
         todo = sum(len(_rows_of_part(config, part, prompts)) for part in parts)
         start, tokens = time.perf_counter(), 0
         with Progress(config.n * todo, "sample", unit="sample") as bar:

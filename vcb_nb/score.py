@@ -17,10 +17,9 @@ import torch
 from .artifacts import InputError, Progress
 from .data import attach_ids, check_stored_ids, load_candidates, load_rows
 from .judges import checked_numbers, load_judge, row_place
-from .loading import load_policy, load_tokenizer
+from .loading import as_dtype, load_policy, load_tokenizer, pick_device
 from .logprobs import score_logps
 from .losses import reward_sigma
-from .models import as_dtype, pick_device
 from .settings import (REQUIRED, check_least, check_required, is_function, load_function,
                              option)
 from .shards import claim_folder, list_parts, make_parts, pending_parts, wait_for_parts

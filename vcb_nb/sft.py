@@ -22,8 +22,8 @@ from .adapters import add_lora, check_lora
 from .artifacts import InputError
 from .batches import pad_rows
 from .data import encode_completion, encode_prompt, load_demonstrations, load_rows, load_texts
-from .loading import load_policy, load_tokenizer
-from .models import as_dtype, check_architecture, new_policy
+from .loading import as_dtype, load_policy, load_tokenizer
+from .models import check_architecture, new_policy
 from .settings import REQUIRED, check_choice, check_least, check_required, option
 from .tokenizers import match_tokenizer
 from .training import (EvenTrainer, TrainingDefaults, check_share, checkpoint_args,
