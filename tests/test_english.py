@@ -96,8 +96,8 @@ def test_phrases_do_not_come_back(path):
     "Mend it.", "To go on where this ended: vcb run", "it goes\non where it stopped",
     "six candidates a prompt", "one row a policy", "one number a prompt", "prompts a second",
     "a token a row", "3.78 nats a token", "a text is needed", "runs/a holds work that does not fit",
-    "then open its books",
-    "a second call does nothing but say so", "the left figure of a cell is", "A doubtful model",
+    "then open its books", "a second call does nothing but say so", "A doubtful model",
+    "the left figure of a cell is",
     "an own page", "they are to be had", "did not fall from the sky", "how to be rid of it",
     "over n, under a root", "lean on the end of training"])
 def test_a_phrase_is_noticed(bad): assert faults(bad)
