@@ -23,7 +23,7 @@ COUNT = r"a|few|free|many|more|n|one|two|three|four|six|eight|\d+"
 PHRASES = { # regular expression (a space is any white space) → what to write
     r"mend(s|ed|ing)?": "fix, or what exactly to do",
     r"(where|how far) (this|it|the last one|an earlier call) (ended|stopped)": "resume",
-    r"(go|goes|going|went|gone) on (where|with\b(?! the \*)|from (its|the) checkpoint)": "resume",
+    r"(go|goes|going|went|gone) on (where|from (its|the|their) checkpoint)": "resume",
     r"(training|(cut|killed) (one|run)s?|what was cut off) (goes|went) on": "resumes",
     rf"(?:({THINGS})s|({COUNT}) (\w+ )?({THINGS}|{ACTS})s?) a ({WHOLE})(?! (for|of|to))":
         "per, not a",
