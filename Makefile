@@ -9,19 +9,19 @@ READY := $(VENV)/.ready
 demo: $(READY)  ## the whole pipeline on the embedded world, ending in a report
 	@$(BIN)/vcb run demo
 
-test: $(READY)  ## every test, every notebook, a file at a time on each of two cores
+test: $(READY)  ## every test and every notebook, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
-test-faults: $(READY)  ## kill every stage twenty times and compare with a run left alone
+test-faults: $(READY)  ## kill every stage twenty times and compare with an undisturbed run
 	$(BIN)/python tests/faults.py 20
 
-mutants: $(READY)  ## bugs put in, one at a time: the tests must notice each (five minutes)
+mutants: $(READY)  ## insert bugs, one at a time: the tests must catch each (five minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py
 
 export: $(READY)  ## after editing notebooks: library and clean notebooks
 	$(BIN)/nbdev-export && $(BIN)/python tools/strip_widgets.py && $(BIN)/python tools/tidy_cells.py && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
 
-outputs: $(READY)  ## run a notebook and store what its cells gave: make outputs NB=nbs/theory/06_losses.ipynb
+outputs: $(READY)  ## run a notebook and store its outputs: make outputs NB=nbs/theory/06_losses.ipynb
 	$(BIN)/python tools/execute.py $(NB) && $(MAKE) export
 
 docs: $(READY)  ## the documentation site (needs Quarto)

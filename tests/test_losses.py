@@ -563,7 +563,7 @@ def test_errors_say_what_to_do():
         r"rewards\[None\]": lambda: vcb_loss(logps[0], ref[0], rewards[0]),
         "logps has shape": lambda: vcb_loss(logps[:, :3], ref, rewards),
         "mask has shape": lambda: vcb_loss(logps, ref, rewards, mask=torch.ones(4, 4)),
-        "one a prompt": lambda: vcb_loss(logps, ref, rewards, sigma=torch.ones(3)),
+        "one per prompt": lambda: vcb_loss(logps, ref, rewards, sigma=torch.ones(3)),
         "sigma must be finite": lambda: vcb_loss(logps, ref, rewards, sigma=torch.full((4,), NAN)),
         "gamma is 0": lambda: vcb_loss(logps, ref, rewards, gamma=0),
         "lam is -1": lambda: vcb_loss(logps, ref, rewards, lam=-1),

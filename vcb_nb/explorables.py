@@ -33,7 +33,7 @@ class Explorable:
     "A figure that moves in the page, without a kernel: display it as the last value of a cell."
     name:str # of the figure, as it registers itself: `vcb_nb/js/NAME.js`
     config:dict # what the figure reads, plain JSON
-    alt:str # the figure in words, for who sees no figure
+    alt:str # the figure in words, for those who cannot see it
     script:str="" # JavaScript of a figure of your own, in place of the package's file
 
     def _repr_html_(self) -> str:
@@ -45,7 +45,7 @@ class Explorable:
             f'<div class="vcbx" data-vcbx="{self.name}" role="group" '
             f'aria-label="Interactive figure: {self.name.replace("_", " ")}" '
             f'data-config="{config}">\n<p class="vcbx-alt">{alt}</p>\n'
-            f'<noscript>This figure moves where JavaScript is on. {alt}</noscript>\n</div>\n'
+            f'<noscript>This figure needs JavaScript to move. {alt}</noscript>\n</div>\n'
             f'<style>\n{_file("core.css")}</style>\n<script>\n{script}\nVCBX.start();\n</script>')
 
     def __repr__(self) -> str: return self.alt
@@ -69,7 +69,7 @@ def _checked(rewards, probs, size=None):
                          f"{size or 'two or more'}.")
     if len(probs) != len(rewards):
         raise ValueError(f"probs has {len(probs)} values, rewards {len(rewards)}: "
-                         "one each a response.")
+                         "give one per response.")
     if not all(map(math.isfinite, rewards)) or not max(rewards) > min(rewards):
         raise ValueError("rewards must be finite and not all equal.")
     if not all(math.isfinite(p) and p > 0 for p in probs):
@@ -112,7 +112,7 @@ def order_value(
 ) -> Explorable:
     """How far apart five losses put three responses, beside the rewards that they were given.
 
-    Each method trains one free logit a response from the SFT policy, by gradient descent on its
+    Each method trains one free logit per response from the SFT policy, by gradient descent on its
     exact loss with a learning rate of 0.2, in the page. Raises `ValueError` for bad inputs."""
     rewards, probs = _checked(rewards, probs, size=3)
     values = {"gamma": gamma, "tau": tau, "beta": beta, "delta": delta}
@@ -134,7 +134,7 @@ def order_value(
 
 # %% ../nbs/theory/09_explorables.ipynb #0473993c
 def tilted_policy(
-    rewards:Sequence[float]=(-1.9, -1.3, -.9, -.6, -.3, -.1, .1, .4, .6, .9, 1.3, 2.), # a response
+    rewards:Sequence[float]=(-1.9, -1.3, -.9, -.6, -.3, -.1, .1, .4, .6, .9, 1.3, 2.), # all of them
     probs:Sequence[float]=(3, 6, 10, 8, 14, 11, 13, 9, 12, 7, 5, 2), # SFT policy, up to a factor
     *,
     gamma:float=.5, # strength of the pull towards the SFT policy, .1 to 10
@@ -172,7 +172,7 @@ def loss_landscape(
     """A map of each loss over two log-ratio gaps of three responses, and gradient descent on it.
 
     The SFT policy is uniform over the three, so that losses without a reference have a map too.
-    Descent moves one free logit a response. Raises `ValueError` for inputs out of range."""
+    Descent moves one free logit per response. Raises `ValueError` for inputs out of range."""
     rewards = sorted(_checked(rewards, None, size=3)[0], reverse=True)
     if len(set(rewards)) < 3: raise ValueError("rewards must be three different values.")
     if method not in _MAP_STRENGTHS:

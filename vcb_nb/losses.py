@@ -56,7 +56,7 @@ def _centred(x, mask):
     return (x - mean).masked_fill(~mask, 0.)
 
 def _resolution(values):
-    "The smallest reward difference that counts, a prompt: `[prompts]`."
+    "The smallest reward difference that counts, per prompt: `[prompts]`."
     return REWARD_RESOLUTION * values.abs().amax(1)
 
 def reward_sigma(
@@ -101,7 +101,7 @@ def _use_sigma(rewards, mask, sigma, default):
     sigma = _float64(sigma).to(own.device)
     if sigma.shape != own.shape:
         raise ValueError(f"sigma has shape {tuple(sigma.shape)}, expected [{len(own)}]: "
-                         "one a prompt.")
+                         "one per prompt.")
     if not (sigma.isfinite() & (sigma >= 0)).all():
         raise ValueError("sigma must be finite and not negative: estimate it from two candidates "
                          "or more, or from the whole data set.")
@@ -150,7 +150,7 @@ def _positive(**params):
 # %% ../nbs/theory/06_losses.ipynb #05d1091d
 @functools.lru_cache(maxsize=None)
 def _warn_two_candidates():
-    "One warning a process: the condition holds for a whole data set at once."
+    "One warning per process: the condition holds for a whole data set at once."
     warnings.warn("With two candidates (r_1 - r_2)/sigma is always +-sqrt(2): VCB sees only their "
                   "order. Use three or more, or pass a sigma from the whole data set.",
                   stacklevel=3)
@@ -178,7 +178,7 @@ def vcb_loss(
 
     It starts at exactly 2 where the policy is the SFT model, `lam` is 0 and sigma is the rewards'
     own, and it is 0 at the optimum. Estimate `sigma` before subsampling candidates; with two
-    candidates and no `sigma` it warns once, for the rewards' values are lost.
+    candidates and no `sigma` it warns once, because the rewards' values are lost.
     Position of gamma, scale and LogSumExp form: our choice."""
     _positive(gamma=gamma)
     if not 0 <= lam < float("inf"): raise ValueError(f"lam is {lam}: it must be finite and >= 0.")
@@ -200,7 +200,7 @@ def vcb_lse_loss(
     sigma:Tensor=None, # `[prompts]`; default: the standard deviation of these rewards
     mask:Tensor=None, # `[prompts, n]`, True = candidate present
 ) -> Tensor: # `[prompts]`
-    "`vcb_loss` under the name of its LogSumExp form: `lam` is 1 unless told."
+    "`vcb_loss` under the name of its LogSumExp form: `lam` defaults to 1."
     return vcb_loss(logps, ref_logps, rewards, gamma=gamma, lam=lam, sigma=sigma, mask=mask)
 
 # %% ../nbs/theory/06_losses.ipynb #405221b1
@@ -447,7 +447,7 @@ LOSSES = {loss.name: loss for loss in (
 )}
 
 def _unknown(kind, name, valid):
-    "A `ValueError` that names the nearest valid name and lists all."
+    "A `ValueError` that suggests the nearest valid name and lists them all."
     near = difflib.get_close_matches(str(name), list(valid), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return ValueError(f"Unknown {kind} {name!r}.{hint} Valid: {', '.join(valid)}.")
@@ -469,8 +469,8 @@ def preference_loss(
 ) -> Tensor: # `[prompts]`
     """The loss of this name, per prompt; take the mean over prompts to train.
 
-    What a loss does not use of `ref_logps`, `lengths` and `sigma` it ignores. Prompts that carry no
-    signal give exactly 0. Raises `ValueError` for an unknown name or hyper-parameter."""
+    `ref_logps`, `lengths` and `sigma` are ignored by a loss that does not use them. Prompts that
+    carry no signal give exactly 0. Raises `ValueError` for an unknown name or hyper-parameter."""
     fn = LOSSES[check_loss(name)].fn
     accepted = _arguments(fn)
     valid = [*LOSSES[name].params, *(["value"] if "value" in accepted else [])]

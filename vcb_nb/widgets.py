@@ -1,4 +1,4 @@
-"""Any two methods, trained side by side on a world small enough to know the truth, again at every move of a slider.
+"""Train any two methods side by side, in a world small enough to know the truth, anew at every move of a slider.
 
 Docs: https://vcb-nb.github.io/vcb_nb/theory/playground.html.md"""
 
@@ -42,12 +42,12 @@ def bench_world(seed:int=0) -> TableWorld:
 # %% ../nbs/theory/10_playground.ipynb #004ca784
 def alike(
     method:str, # key of `LOSSES`
-    gamma:float, # nats are 1/gamma for one sigma of reward
+    gamma:float, # asks for 1/gamma nats per sigma of reward
 ) -> dict[str, float]: # the method's own hyper-parameter
     """One strength for every method, @eq-playground-alike: the conventions are our choice.
 
-    `gamma` itself where the method has a pull towards SFT; the gap that VCB asks of two responses
-    one sigma apart, 1/gamma nats, where it has a gap or a weight of ranking instead."""
+    `gamma` itself where the method has a pull towards SFT; where it has a gap or a ranking weight
+    instead, 1/gamma nats, the gap that VCB asks of two responses one sigma apart."""
     own = {"tau": gamma / 2} if method == "ipo" else {LOSSES[check_loss(method)].strength: gamma}
     return {k: 1 / gamma if k in ("delta", "rank_weight") else v for k, v in own.items()}
 
@@ -55,7 +55,7 @@ def alike(
 STEPS, FIRST_STEP, LONGEST_STEP = 24, .3, .5 # the last two in nats of a logit
 
 def _rprop(params, lr):
-    "A step of its own for each logit, by the gradient's sign (Riedmiller and Braun 1993)."
+    "A step size for each logit, from the gradient's sign (Riedmiller and Braun 1993)."
     return torch.optim.Rprop(params, lr, step_sizes=(1e-6, LONGEST_STEP))
 
 def train(
@@ -88,7 +88,7 @@ def compute(
     candidates:int=0, # 0: every response once
     seed:int=0, # of the world and of the draw
 ) -> Comparison:
-    "Train the methods on the bench's world; what was trained before is remembered."
+    "Train the methods on the bench's world; earlier results are cached."
     world = bench_world(seed)
     fits = tuple(_remembered(method, gamma, candidates, seed) for method in methods)
     return Comparison(world, gamma, optimal_policy(world, gamma), tuple(methods), fits)
@@ -102,14 +102,14 @@ def frontier(
     world:TableWorld, # of one prompt
     points:int=60,
 ) -> tuple[Tensor, Tensor]: # KL to SFT (nats) and reward, `[points]`
-    "The exact frontier: the optimal policies of falling gamma, from next to SFT to next to greedy."
+    "The exact frontier: the optimal policies as gamma falls, from nearly SFT to nearly greedy."
     gammas = torch.logspace(1.5, -1.5, points, dtype=torch.float64)
     rows = TableWorld(world.ref_logps.expand(points, -1), world.rewards.expand(points, -1))
     logps = optimal_policy(rows, 1., gammas * world.reward_std)
     return kl_divergence(logps, rows.ref_logps), expected(logps, rows.rewards)
 
 class Outcome(list):
-    "Rows of a name and figures, which Jupyter shows as a table."
+    "Rows of a name and numbers, which Jupyter shows as a table."
     def _repr_html_(self):
         head = "".join(f'<th scope="col" style="padding:0 1em">{key}</th>' for key in self[0])
         return (f"<table><thead><tr>{head}</tr></thead>"
@@ -121,7 +121,7 @@ class Outcome(list):
         cells = "".join(f'<td style="text-align:right;padding:0 1em">{v:.3f}</td>' for v in figures)
         return f'<tr><th scope="row">{method_label(name)}</th>{cells}</tr>'
 
-def outcome(comparison:Comparison) -> Outcome: # a row a method
+def outcome(comparison:Comparison) -> Outcome: # one row per method
     "Where each method ended: KLs in nats, reward in sigma above SFT, and the frontier efficiency."
     ends = torch.cat([fit.policy for fit in comparison.fits])
     world = comparison.world
@@ -134,7 +134,7 @@ def outcome(comparison:Comparison) -> Outcome: # a row a method
                    for i, name in enumerate(comparison.methods))
 
 # %% ../nbs/theory/10_playground.ipynb #d6efc004
-LOW, HIGH = -10., 6.  # nats that the log-ratio panel shows; points beyond stand at its edge
+LOW, HIGH = -10., 6.  # nats that the log-ratio panel shows; points beyond are drawn at its edge
 
 def _static(figure):
     "The three panels with everything that never moves: `(bars, ratios, plane)`."
@@ -189,8 +189,8 @@ class BenchFigure:
         return [*self.heights[k], self.points[k], self.paths[k], self.ends[k]]
 
     def draw(self, comparison:Comparison) -> "BenchFigure":
-        "Show a comparison of two methods; returns itself, to be chained."
-        if len(comparison.methods) != 2: raise ValueError("The picture compares two methods.")
+        "Show a comparison of two methods; returns itself, so that calls can be chained."
+        if len(comparison.methods) != 2: raise ValueError("Give two methods to compare.")
         if comparison.methods != self.methods: self._name(comparison.methods)
         self._draw_known(comparison)
         for k, fit in enumerate(comparison.fits): self._draw_fit(k, comparison.world, fit)
@@ -294,5 +294,5 @@ def playground(
     candidates:int=0, # 0: every response once; 2, 3, 4, 6, 8, 16 or 32 draws
     seed:int=0, # 0 to 19: world and draw
 ) -> Bench:
-    "A live bench: two methods trained side by side again at every move of a control."
+    "A live bench: two methods trained side by side, anew at every move of a control."
     return Bench(first=first, second=second, gamma=gamma, candidates=candidates, seed=seed)

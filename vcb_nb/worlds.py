@@ -39,7 +39,7 @@ class TableWorld:
         return std.masked_fill(std <= floor, 0.)
 
 def table_world(
-    probs, # `[prompts, K]` or `[K]`: the SFT policy, up to a factor a prompt
+    probs, # `[prompts, K]` or `[K]`: the SFT policy, up to a factor per prompt
     rewards, # the same shape
 ) -> TableWorld:
     "A world from tables of SFT probabilities and rewards; one prompt may be given as a plain list."
@@ -47,7 +47,7 @@ def table_world(
                       for t in (probs, rewards))
     if probs.ndim != 2 or probs.shape != rewards.shape or probs.shape[1] < 2:
         raise ValueError(f"probs {tuple(probs.shape)} and rewards {tuple(rewards.shape)} must have "
-                         "one shape, [prompts, K] with K of at least 2.")
+                         "the same shape, [prompts, K] with K at least 2.")
     if not (probs.isfinite() & (probs > 0)).all():
         raise ValueError("probs must be finite and positive: a response that the SFT policy never "
                          "gives has no log-ratio.")
@@ -60,7 +60,7 @@ def random_world(
     seed:int=0,
     spread:float=1., # standard deviation of the SFT logits
 ) -> TableWorld:
-    "Normal SFT logits and rewards; the rewards of each prompt have a scale of their own."
+    "Normal SFT logits and rewards; each prompt's rewards have their own scale."
     generator = torch.Generator().manual_seed(seed)
     def draw(*shape): return torch.randn(*shape, generator=generator, dtype=torch.float64)
     logits, rewards = spread * draw(prompts, responses), draw(prompts, responses)
@@ -169,10 +169,10 @@ class Fit:
 
 def sample_candidates(
     world:TableWorld,
-    n:int, # candidates a prompt
+    n:int, # candidates per prompt
     seed:int=0,
 ) -> Tensor: # `[prompts, n]`, indices of responses
-    "n responses a prompt drawn from the SFT policy, with replacement as a sampler draws them."
+    "n responses per prompt from the SFT policy, with replacement, as a sampler draws them."
     generator = torch.Generator().manual_seed(seed)
     return torch.multinomial(world.ref_logps.exp(), n, replacement=True, generator=generator)
 
@@ -226,11 +226,11 @@ MAX_STRINGS = 2 ** 20
 
 class Strings(NamedTuple):
     "Every string over an alphabet up to a length; a finished one ends with the end token."
-    ids:Tensor # `[K, L]`, filled up with the end token
+    ids:Tensor # `[K, L]`, padded with the end token
     lengths:Tensor # `[K]`, tokens, the end token included
 
     def tokens(self) -> list[list[int]]:
-        "The strings without filling, as lists of token ids."
+        "The strings without padding, as lists of token ids."
         return [row[:length] for row, length in zip(self.ids.tolist(), self.lengths.tolist())]
 
 def enumerate_strings(
@@ -240,16 +240,16 @@ def enumerate_strings(
 ) -> Strings:
     """All that a sampler can give: strings that end by `eos`, and those cut off at `max_length`.
 
-    In lexicographic order of the filled-up rows; each string once."""
+    In lexicographic order of the padded rows; each string once."""
     if not (0 <= eos < vocab_size and vocab_size > 1 and max_length > 0):
-        raise ValueError("enumerate_strings needs two tokens or more, the end token among them, "
+        raise ValueError("enumerate_strings needs two tokens or more, including the end token, "
                          "and a max_length of at least 1.")
     if vocab_size ** max_length > MAX_STRINGS:
         raise ValueError(f"{vocab_size}^{max_length} rows are more than {MAX_STRINGS}: take a "
                          "smaller vocab_size or max_length.")
     rows = torch.tensor(list(itertools.product(range(vocab_size), repeat=max_length)))
     ended = rows[:, :-1] == eos
-    ids = rows[(~ended | (rows[:, 1:] == eos)).all(1)] # after the end nothing but filling
+    ids = rows[(~ended | (rows[:, 1:] == eos)).all(1)] # after the end nothing but padding
     return Strings(ids, ((ids != eos).sum(1) + 1).clamp(max=max_length))
 
 def string_logps(
@@ -260,7 +260,7 @@ def string_logps(
 ) -> Tensor: # `[K]`, nats, float64
     """log pi(y|x) of every string in one forward pass; differentiable.
 
-    Their probabilities sum to 1: token by token the model shares out what the prefix has."""
+    Their probabilities sum to 1: each token divides the probability of its prefix."""
     if len(prompt) == 0: raise ValueError("prompt must have a token: something to predict from.")
     ids, lengths = strings
     start = torch.tensor(list(prompt)).expand(len(ids), -1)

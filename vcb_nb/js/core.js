@@ -69,7 +69,7 @@ globalThis.VCBX = (old => {
   };
 
   // ---- their gradients with respect to logps: slopes[name](ref, rewards, params)(logps) ------
-  // What does not depend on logps is computed once, for descent calls the rest many times.
+  // What does not depend on logps is computed once: descent calls the rest many times.
   const vcbSlope = (ref, rewards, params = {}) => {
     const z = residuals(rewards.map(() => 0), rewards, params), n = rewards.length;
     const gamma = params.gamma ?? 1, all = pairs(n);
@@ -145,7 +145,7 @@ globalThis.VCBX = (old => {
   };
   const gradients = Object.fromEntries(Object.entries(slopes).map(([name, slope]) =>
     [name, (logps, ref, rewards, params) => slope(ref, rewards, params)(logps)]));
-  // `steps` steps of gradient descent on one free logit a response; the path, start included.
+  // `steps` steps of gradient descent on one free logit per response; the path, start included.
   const descend = (name, refLogps, rewards, params, { steps, lr, start = refLogps }) => {
     const slope = slopes[name](refLogps, rewards, params), path = [logSoftmax(start)];
     for (let s = 0; s < steps; s++) {
@@ -399,7 +399,7 @@ globalThis.VCBX = (old => {
     Object.assign(stats, { draws: stats.draws + 1, ms: stats.ms + ms,
                            longest: Math.max(stats.longest, ms) });
   };
-  // Many requests, one draw a frame.
+  // Many requests, one draw per frame.
   const schedule = draw => {
     let pending = false;
     return () => {
@@ -408,7 +408,7 @@ globalThis.VCBX = (old => {
       requestAnimationFrame(() => { pending = false; timed(draw); });
     };
   };
-  // A polite live region: say(sentence) shows it at once for the eye, twice a second for a reader.
+  // A polite live region: say(sentence) shows it at once, announces it at most twice a second.
   const announcer = parent => {
     const seen = el("p", { class: "vcbx-result", "aria-hidden": "true" });
     const heard = el("p", { class: "vcbx-hidden", "aria-live": "polite" });

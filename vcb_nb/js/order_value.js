@@ -63,7 +63,7 @@ globalThis.VCBX.register("order_value", (root, config) => {
     };
   });
 
-  // ---- a ruler a method ----
+  // ---- one ruler per method ----
   const middle = ui.panel(panels, { width: 380, height: H, label: "Log-ratios by method" });
   const [from, to] = [72, 306], first = 62, gap = (bottom - 10 - first) / names.length;
   const compared = ui.svg("text", { x: 380, y: 34, class: "vcbx-note", "text-anchor": "end" });
