@@ -7,7 +7,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/batches.html.md"""
 # %% auto #0
 __all__ = ['unwrap', 'accepts', 'context_length', 'evaluating', 'token_batches', 'pad_rows', 'candidate_rows', 'row_lengths',
            'row_name', 'regroup', 'check_candidates', 'check_context', 'check_vocabulary', 'check_batch_ids',
-           'check_readable']
+           'check_readable', 'check_dataset']
 
 # %% ../nbs/foundations/12_batches.ipynb #0c722058
 import inspect
@@ -142,3 +142,15 @@ def check_readable(model, prompt_ids:list, completion_ids:list, # as for `candid
     check_vocabulary(model, prompt_ids, completion_ids, name)
     lengths = row_lengths(prompt_ids, completion_ids)
     check_context(model, lengths, lambda row: row_name(row, completion_ids))
+
+# %% ../nbs/foundations/12_batches.ipynb #e3546071
+def check_dataset(model, dataset)->None: # candidate rows with ids; a dict of such; or None
+    "Refuse candidates that the model cannot read before training starts: no step checks again."
+    if dataset is None: return
+    if isinstance(dataset, dict) and "prompt_ids" not in dataset:
+        return [check_dataset(model, rows) for rows in dataset.values()]
+    ids = list(dataset["prompt_ids"]), [list(filter(len, cs)) for cs in dataset["completion_ids"]]
+    check_candidates(*ids, needs_prompt=True)
+    longest = [len(prompt) + max(map(len, completions)) for prompt, completions in zip(*ids)]
+    check_context(model, longest, lambda i: f"The longest candidate of prompt {i}")
+    check_vocabulary(model, *ids)

@@ -11,7 +11,7 @@ __all__ = ['REQUIRED', 'option', 'check_required', 'check_least', 'check_above',
 import copy, dataclasses, enum, importlib, inspect, json, os, re, reprlib, sys, types, typing
 from pathlib import Path
 from vcb_nb.artifacts import (MANIFEST, InputError, did_you_mean, fingerprint, list_outputs,
-                              read_json)
+                              read_json, write_json)
 
 # %% ../nbs/foundations/02_settings.ipynb #6c52cf97
 REQUIRED = dataclasses.MISSING
@@ -236,3 +236,16 @@ def differences(config_class, before:dict, now:dict)->str: # 'n: 4 → 8, seed: 
     return ", ".join(f"{k}: " + ("different content" if k in contents else
                                  f"{a.get(k)!r} → {b.get(k)!r}")
                      for k in sorted({*before, *now}) if a.get(k) != b.get(k))
+
+def record_settings(file:Path, # in the folder that depends on them
+                    config, # of a stage
+                    begun:bool, # is there work in the folder already?
+                    more:dict={}, # what else it depends on
+                   )->None:
+    "Record what the work in a folder depends on; refuse to add to work with different settings."
+    now = json.loads(json.dumps({**config_key(config), **more}, default=str))
+    before = json.loads(file.read_text("utf-8")) if begun and file.exists() else now
+    if changed := differences(type(config), before, now):
+        raise InputError(f"{file.parent} contains results made with different settings "
+                         f"({changed}). Delete the folder, or choose another output_dir.")
+    write_json(file, now)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from .artifacts import InputError, atomic_write, read_json, write_json
-from .settings import config_key, differences
+from .artifacts import InputError, atomic_write
+from .settings import record_settings
 
 log = logging.getLogger(__name__)
 
@@ -100,18 +100,14 @@ def read_parts(folder, complete:bool=True)->list: # dicts
 SETTINGS = "settings.json"
 
 def claim_folder(config, # of a stage; its `output_dir` is the folder
-                )->Path:
+                )->None:
     "Record what a new folder depends on; refuse one whose parts were made with different settings."
-    folder, settings = Path(config.output_dir), config_key(config)
-    path = folder/SETTINGS
-    if not list_parts(folder, complete=False): return write_json(path, settings)
-    if not path.exists():
+    folder = Path(config.output_dir)
+    begun = bool(list_parts(folder, complete=False))
+    if begun and not (folder/SETTINGS).exists():
         raise InputError(f"{folder} has parts, but {SETTINGS}, which says how they were made, is "
                          "missing. Delete the folder, or choose another output_dir.")
-    said = differences(type(config), read_json(path), settings)
-    if not said: return path
-    raise InputError(f"{folder} contains results made with different settings ({said}). "
-                     "Delete the folder, or choose another output_dir.")
+    record_settings(folder/SETTINGS, config, begun)
 
 # %% ../nbs/foundations/03_shards.ipynb #54181313
 def make_parts(folder, total:int, make, # part index → rows (dicts)

@@ -7,8 +7,8 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/training.html.md"""
 # %% auto #0
 __all__ = ['LEAST', 'REPORTERS', 'SHOWN', 'TrainingDefaults', 'is_complete', 'last_checkpoint', 'remove_incomplete',
            'check_settings', 'check_share', 'held_out_split', 'MetricsProgress', 'repeated_rows', 'EvenTrainer',
-           'checkpoint_folder', 'checkpoint_args', 'resume_point', 'save_final', 'final_evaluation', 'load_weights',
-           'run_training', 'remove_checkpoints', 'write_log', 'read_curve', 'final_loss']
+           'checkpoint_folder', 'checkpoint_args', 'resume_point', 'save_final', 'save_adapter', 'final_evaluation',
+           'load_weights', 'run_training', 'remove_checkpoints', 'write_log', 'read_curve', 'final_loss']
 
 # %% ../nbs/foundations/17_training.ipynb #c2eaa226
 import copy, enum, functools, json, logging, math, os, random, shutil, typing, zipfile
@@ -23,9 +23,9 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import TrainOutput
 
-from .artifacts import InputError, Progress, fingerprint, read_json, write_json, write_jsonl
+from .artifacts import InputError, Progress, fingerprint, write_jsonl
 from .saving import save_model
-from .settings import check_above, check_choice, check_least, config_key, differences, option
+from .settings import check_above, check_choice, check_least, option, record_settings
 
 # %% ../nbs/foundations/17_training.ipynb #bad11747
 log = logging.getLogger(__name__)
@@ -126,24 +126,14 @@ def remove_incomplete(folder)->list: # the names of what was removed
     return [p.name for p in broken]
 
 # %% ../nbs/foundations/17_training.ipynb #7f3ab936
-def _settings(config, dataset)->dict:
-    "What decides the trained weights, as JSON gives it back; of the data, size and three rows."
-    sample = fingerprint([dataset[i] for i in (0, len(dataset) // 2, len(dataset) - 1)])
-    kept = {**config_key(config), "rows": len(dataset), "sample of the rows": sample}
-    return json.loads(json.dumps(kept, default=str))
-
 def check_settings(folder, # where the checkpoints lie
                    config, # a stage's config
                    dataset, # its training rows
                   )->None:
     "Store the settings beside the checkpoints, or refuse to resume with different ones."
-    file, settings = Path(folder)/"settings.json", _settings(config, dataset)
-    before = read_json(file) if file.exists() and _checkpoints(folder) else settings
-    if changed := differences(type(config), before, settings):
-        raise InputError(f"{folder} contains an unfinished run with different settings "
-                         f"({changed}). Delete that folder to start again, or choose another "
-                         "output_dir.")
-    write_json(file, settings)
+    sample = fingerprint([dataset[i] for i in (0, len(dataset) // 2, len(dataset) - 1)])
+    rows = {"rows": len(dataset), "sample of the rows": sample}
+    record_settings(Path(folder)/"settings.json", config, bool(_checkpoints(folder)), rows)
 
 # %% ../nbs/foundations/17_training.ipynb #95066a73
 def check_share(share:float)->None:
@@ -274,6 +264,12 @@ def _save_sharded(trainer:Trainer, path:Path)->None:
     if not trainer.args.should_save: return
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
+
+def save_adapter(trainer, config)->None:
+    "The unmerged adapter, where it is wanted."
+    if not (trainer.args.should_save and config.save_adapter and config.peft_config): return
+    model, path = trainer.accelerator.unwrap_model(trainer.model), Path(config.output_dir)/"adapter"
+    save_model(model, trainer.processing_class, path, merge=False)
 
 # %% ../nbs/foundations/17_training.ipynb #08a90247
 def final_evaluation(trainer:Trainer, # after training
