@@ -16,12 +16,13 @@ local function equations(inlines)
   local made = pandoc.Inlines{}
   for _, item in ipairs(inlines) do
     local label, rest = pandoc.utils.stringify(item):match("^{#(eq%-[%w-]+)}(.*)$")
+    local equation = made:at(-2) -- then comes a space
     if item.mathtype == "DisplayMath" then
       made:insert(pandoc.Span({item}, {class = "equation"}))
-    elseif label then
-      made:remove() -- the space before
-      made:at(-1).identifier = label
-      made:at(-1).content:insert(pandoc.Span("(" .. number(label) .. ")", {class = "number"}))
+    elseif label and equation and equation.t == "Span" then
+      made:remove()
+      equation.identifier = label
+      equation.content:insert(pandoc.Span("(" .. number(label) .. ")", {class = "number"}))
       made:insert(pandoc.Str(rest))
     else
       made:insert(item)
