@@ -19,7 +19,7 @@ mutants: $(READY)  ## insert bugs, one at a time: the tests must catch each (fiv
 	OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py
 
 export: $(READY)  ## after editing notebooks: library and clean notebooks
-	$(BIN)/nbdev-export && $(BIN)/python tools/strip_widgets.py && $(BIN)/python tools/tidy_cells.py && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
+	$(BIN)/nbdev-export && $(BIN)/python tools/strip_widgets.py && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
 
 outputs: $(READY)  ## run a notebook and store its outputs: make outputs NB=nbs/theory/06_losses.ipynb
 	$(BIN)/python tools/execute.py $(NB) && $(MAKE) export
@@ -29,7 +29,7 @@ docs: $(READY)  ## the documentation site (needs Quarto)
 	$(BIN)/nbdev-docs
 
 site-preview: $(READY)  ## the same pages, without Quarto and without a network, in _preview/
-	@$(BIN)/python -W ignore tools/site_preview.py _preview
+	@$(BIN)/python tools/site_preview.py _preview
 
 clean:
 	rm -rf $(VENV) runs _docs _proc _preview build dist *.egg-info

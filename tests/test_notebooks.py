@@ -90,8 +90,5 @@ def test_library_is_what_the_notebooks_export(tmp_path):
 
 
 def test_readme_is_the_index():
-    import importlib.util
-    spec = importlib.util.spec_from_file_location("readme", ROOT/"tools"/"readme.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert (ROOT/"README.md").read_text("utf-8") == module.readme(), "run make export"
+    from tools.readme import readme
+    assert (ROOT/"README.md").read_text("utf-8") == readme(), "run make export"

@@ -3,6 +3,8 @@
 import json, re
 from pathlib import Path
 
+from nbdev.config import nbpath2html
+
 ROOT = Path(__file__).parent.parent
 SITE = "https://vcb-nb.github.io/vcb_nb"
 
@@ -17,10 +19,8 @@ def cell_markdown(cell):
     source = "".join(cell["source"])
     if cell["cell_type"] == "code": return f"```python\n{source}\n```" + output_text(cell)
     source = source.replace("](images/", "](nbs/images/")
-    source = re.sub(r"\]\((\w+)\.qmd\)", rf"]({SITE}/\1.html)", source)
-    folders = "theory|foundations|stages|runs|experiments"
-    return re.sub(rf"\]\((?!http)((?:{folders})/)\d+[a-z]*_(\w+)\.ipynb\)",
-                  rf"]({SITE}/\1\2.html)", source)
+    page = lambda m: f"]({SITE}/{nbpath2html(m[1]).as_posix()})"
+    return re.sub(r"\]\(([\w/]+\.(?:ipynb|qmd))\)", page, source)
 
 
 def readme():
