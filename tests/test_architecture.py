@@ -54,6 +54,33 @@ def test_imports_point_down(name):
         assert not (ours & TRAINERS), "stages meet in files, not in trainers"
 
 
+def top_level(name):
+    "The names that a module defines: functions, classes, constants."
+    for node in ast.parse((ROOT/"vcb_nb"/f"{name}.py").read_text("utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): yield node.name
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
+
+
+def test_a_name_stands_for_one_thing():
+    "No name, public or private, is defined in two modules; each has its own `log`."
+    homes = {}
+    for module in MODULES:
+        for name in {*top_level(module)} - {"__all__", "log"}:
+            homes.setdefault(name, []).append(module)
+    doubles = {name: found for name, found in homes.items() if len(found) > 1}
+    assert not doubles, "Give each its own name, or let one module import the other's."
+
+
+def test_loggers_have_one_name():
+    "`log` in every module: a reader of one knows it in all."
+    for module in MODULES:
+        text = (ROOT/"vcb_nb"/f"{module}.py").read_text("utf-8")
+        made = "logging.getLogger(__name__)"
+        assert text.count(made) == text.count(f"\nlog = {made}"), module
+
+
 def test_losses_import_is_light():
     "The theory layer needs torch, not transformers."
     code = "import sys, vcb_nb.losses; sys.exit('transformers' in sys.modules)"

@@ -237,7 +237,7 @@ def test_two_candidates_are_warned_of(world, tmp_path, caplog):
     write_jsonl(tmp_path/"c.jsonl", rows)
     words = options("calibrate", world, candidates=str(tmp_path/"c.jsonl"), reference="live")
     assert main(["calibrate", *words, "--output_dir", str(tmp_path/"out")]) == 0
-    assert "With n=2" in caplog.text and "sigma='dataset'" in caplog.text
+    assert "±√2" in caplog.text and "'dataset'" in caplog.text
 
 
 # ---- unknown keys at any depth

@@ -11,10 +11,11 @@ from nbclient import NotebookClient
 from vcb_nb import live
 from vcb_nb.artifacts import InputError
 from vcb_nb.calibrate import CalibrationConfig, CalibrationTrainer
-from vcb_nb.live import LivePlot, curve, draw_run, watched_ratios
+from vcb_nb.live import LivePlot, draw_run, watched_ratios
 from vcb_nb.logprobs import score_logps
 from vcb_nb.models import new_policy
 from vcb_nb.saving import save_model
+from vcb_nb.training import curve
 
 ROOT = Path(__file__).parent.parent
 close = torch.testing.assert_close

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from vcb_nb import losses
 from vcb_nb.losses import (LOSSES, calibration_metrics, dpo_loss, dro_loss,
                            ipo_loss, preference_loss, reward_sigma, rpo_bwd_loss,
-                           rpo_sq_loss, rrhf_loss, slic_loss, vcb_loss, vcb_lse_loss)
+                           rpo_sq_loss, rrhf_loss, slic_loss, target_gamma, vcb_loss, vcb_lse_loss)
 
 close = torch.testing.assert_close
 NAN = float("nan")
@@ -607,6 +607,13 @@ def test_calibration_metrics():
     free = calibration_metrics(logps - ref, rewards)["r2"]
     assert 0 <= free <= 1 and free >= got
     assert calibration_metrics(-5 * rewards, rewards, gamma=1.)["r2"] < 0
+
+
+def test_only_vcb_aims_at_a_slope():
+    "By its own gamma or the default; other losses, and no loss at all, name none."
+    assert [n for n in LOSSES if target_gamma(n)] == ["vcb", "vcb_lse"]
+    assert target_gamma("vcb", {"gamma": .25}) == .25 and target_gamma("vcb", {}) == 1
+    assert target_gamma("", None) is None and target_gamma("dpo", {"beta": .1}) is None
 
 
 def test_calibration_metrics_pool_within_prompts_and_skip_what_carries_none():

@@ -8,9 +8,9 @@ from matplotlib.image import imread
 from vcb_nb import widgets
 from vcb_nb.losses import LOSSES, check_loss
 from vcb_nb.widgets import (HIGH, LOW, RESPONSES, BenchFigure, alike, bench_world, compute,
-                            frontier, outcome, playground, train)
-from vcb_nb.worlds import (expected, fit_table, frontier_reward, kl_divergence, optimal_policy,
-                           sample_candidates)
+                            exact_frontier, outcome, playground, train)
+from vcb_nb.worlds import (draw_candidates, expected, fit_table, frontier_reward, kl_divergence,
+                           optimal_policy)
 
 ROOT = Path(__file__).parent.parent
 close = torch.testing.assert_close
@@ -70,7 +70,7 @@ def test_training_is_fit_table():
     "Candidates, sigma and strength of the bench are handed on as they are."
     world = bench_world(7)
     found = train(world, "ipo", .5, candidates=6, seed=3)
-    fit = fit_table(world, "ipo", tau=.25, candidates=sample_candidates(world, 6, 3),
+    fit = fit_table(world, "ipo", tau=.25, candidates=draw_candidates(world, 6, 3),
                     steps=widgets.STEPS, lr=widgets.FIRST_STEP, optimizer=widgets._rprop,
                     optimum=optimal_policy(world, .5))
     close(found.logps, fit.logps)
@@ -79,7 +79,7 @@ def test_training_is_fit_table():
 
 def test_frontier_is_exact():
     world = bench_world(1)
-    kl, reward = frontier(world)
+    kl, reward = exact_frontier(world)
     for i in (5, 30, 50): close(reward[i], frontier_reward(world, kl[i])[0], rtol=1e-6, atol=1e-6)
     assert (kl.diff() > 0).all() and (reward.diff() > 0).all()
 
@@ -113,7 +113,7 @@ def assert_drawn(bench, methods, gamma, candidates, seed):
     close(drawn(view.optimum_bars), optimum[0].exp())
     close(drawn(view.line), (optimum - world.ref_logps)[0])
     close(drawn(view.star, "x"), kl_divergence(optimum, world.ref_logps))
-    close(drawn(view.edge), frontier(world)[1])
+    close(drawn(view.edge), exact_frontier(world)[1])
     for k, name in enumerate(methods):
         fit = train(world, name, gamma, candidates, seed)
         heights = torch.tensor([bar.get_height() for bar in view.heights[k]]).double()

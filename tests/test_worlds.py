@@ -10,9 +10,9 @@ from hypothesis import assume, given, settings, strategies as st
 from torch.testing import assert_close
 
 from vcb_nb.losses import LOSSES
-from vcb_nb.worlds import (StringLM, TableWorld, entropy, enumerate_strings, expected,
-                           fit_table, frontier_efficiency, frontier_reward, kl_divergence,
-                           log_partition, optimal_policy, random_world, sample_candidates,
+from vcb_nb.worlds import (StringLM, TableWorld, draw_candidates, entropy, enumerate_strings,
+                           expected, fit_table, frontier_efficiency, frontier_reward,
+                           kl_divergence, log_partition, optimal_policy, random_world,
                            string_logps, string_world, table_world)
 
 FEW = settings(max_examples=20, deadline=None)
@@ -365,7 +365,7 @@ def test_sampled_candidates_get_their_exact_gaps(gamma, seed):
     """VCB on draws sets the gaps within the draws exactly and leaves the unseen among themselves as
     they were."""
     world = random_world(4, 8, seed)
-    drawn = sample_candidates(world, 6, seed)
+    drawn = draw_candidates(world, 6, seed)
     assert drawn.shape == (4, 6) and drawn.max() < 8
     fit = fit_table(world, "vcb", steps=150, candidates=drawn, gamma=gamma, lr=5/(4*gamma**2)/3,
                     optimizer=torch.optim.SGD)
@@ -380,11 +380,11 @@ def test_sampled_candidates_get_their_exact_gaps(gamma, seed):
 def test_draws_follow_the_sft_policy():
     world = random_world(2, 6, seed=3)
     share = torch.stack([row.bincount(minlength=6)
-                         for row in sample_candidates(world, 20_000, 1)])/20_000
+                         for row in draw_candidates(world, 20_000, 1)])/20_000
     p = world.ref_logps.exp()
     assert ((share - p).abs() < 4*(p*(1 - p)/20_000).sqrt()).all()
-    assert torch.equal(sample_candidates(world, 9, 5), sample_candidates(world, 9, 5))
-    assert not torch.equal(sample_candidates(world, 9, 5), sample_candidates(world, 9, 6))
+    assert torch.equal(draw_candidates(world, 9, 5), draw_candidates(world, 9, 5))
+    assert not torch.equal(draw_candidates(world, 9, 5), draw_candidates(world, 9, 6))
 
 
 # ---- strings

@@ -6,7 +6,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/figures.html.md"""
 
 # %% auto #0
 __all__ = ['JUDGE_LABELS', 'SPLIT_LABELS', 'SYMBOLS', 'ERROR_BARS', 'SAMPLE_MEASURES', 'CURVES', 'strength_label', 'run_label',
-           'interval', 'figure_bytes', 'plot_frontier', 'plot_calibration', 'plot_diagnosis', 'plot_margins',
+           'error_lengths', 'figure_bytes', 'plot_frontier', 'plot_calibration', 'plot_diagnosis', 'plot_margins',
            'plot_win_matrix', 'plot_rewards', 'plot_samples', 'plot_reliability', 'plot_training_curves']
 
 # %% ../nbs/foundations/18_figures.ipynb #b0509a0b
@@ -36,8 +36,8 @@ def run_label(name:str, # of the run
     strength = strength_label(policy["strength"], policy["value"])
     return f"{method_label(policy['method'])} {strength}".strip()
 
-def interval(estimates:list # dicts {value, low, high}
-            )->np.ndarray: # [2, n]: distances below and above
+def error_lengths(estimates:list # dicts {value, low, high}
+                 )->np.ndarray: # [2, n]: distances below and above
     "Intervals as matplotlib's error bars want them."
     value, low, high = (np.array([e[k] for e in estimates]) for k in ("value", "low", "high"))
     return np.stack([value - low, high - value]).clip(0)
@@ -66,7 +66,7 @@ def _panels(n:int, width:float, height:float, columns:int=3, **kwargs):
 
 def _dot(ax, e:dict, at:float, method:str, filled:bool=True):
     "An estimate with its interval, as a point on row `at`."
-    ax.errorbar(e["value"], at, xerr=interval([e]), color=method_color(method),
+    ax.errorbar(e["value"], at, xerr=error_lengths([e]), color=method_color(method),
                 marker=method_marker(method), fillstyle="full" if filled else "none", **ERROR_BARS)
 
 def _name_rows(ax, names:list, policies:dict):
@@ -98,7 +98,7 @@ def _frontier_line(ax, method, points, gain):
     "One method: its points in order of strength, each with its value."
     kl, reward = [p["kl"] for p in points], [p[gain] for p in points]
     x, y = [e["value"] for e in kl], [e["value"] for e in reward]
-    bars = dict(xerr=interval(kl), yerr=interval(reward), **ERROR_BARS)
+    bars = dict(xerr=error_lengths(kl), yerr=error_lengths(reward), **ERROR_BARS)
     ax.errorbar(x, y, **bars, **method_style(method))
     # the two ends; labels between collide
     for p, *at in list(zip(points, x, y))[::max(len(x) - 1, 1)]:
@@ -165,7 +165,8 @@ def plot_margins(summary:dict, # of `evaluate`
     names = [n for n in games if n != against]
     margins = [games[n][against]["margin"] for n in names]
     fig, (ax,) = _panels(1, 6.4, 1.2 + .34*len(names))
-    ax.barh(range(len(names)), [100*e["value"] for e in margins], .62, xerr=100*interval(margins),
+    ax.barh(range(len(names)), [100*e["value"] for e in margins], .62,
+            xerr=100*error_lengths(margins),
             color=[method_color(policies[n]["method"]) for n in names],
             error_kw=dict(ecolor=OTHER_COLOR, **ERROR_BARS))
     ax.axvline(0, color="black", linewidth=.8)
@@ -247,8 +248,8 @@ def plot_reliability(found:dict # of the reward stage: reliability, accuracy, ec
     right = [dict(value=b["accuracy"], low=b["low"], high=b["high"]) for b in bins]
     fig, (ax, below) = _panels(2, 6.2, 2.4, columns=1, sharex=True)
     ax.plot([.5, 1], [.5, 1], **method_style("optimum", marker="", label="as sure as right"))
-    ax.errorbar(x, [e["value"] for e in right], yerr=interval(right), color=method_color("vcb"),
-                marker="o", linestyle="", label="measured", **ERROR_BARS)
+    ax.errorbar(x, [e["value"] for e in right], yerr=error_lengths(right),
+                color=method_color("vcb"), marker="o", linestyle="", label="measured", **ERROR_BARS)
     ax.set(ylabel="right, share of pairs", title=f"Reward model: accuracy {found['accuracy']:.3f}, "
                                                  f"calibration error {found['ece']:.3f}")
     ax.legend(loc="upper left")

@@ -7,7 +7,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/theory/losses.html.md"""
 # %% auto #0
 __all__ = ['REWARD_RESOLUTION', 'LOSSES', 'reward_sigma', 'vcb_loss', 'vcb_lse_loss', 'dpo_loss', 'ipo_loss', 'slic_loss',
            'rrhf_loss', 'rpo_sq_loss', 'rpo_bwd_loss', 'distilled_dpo_loss', 'infonca_loss', 'dro_loss', 'Loss',
-           'check_loss', 'preference_loss', 'calibration_metrics']
+           'check_loss', 'target_gamma', 'preference_loss', 'calibration_metrics']
 
 # %% ../nbs/theory/06_losses.ipynb #7f8ec2f8
 import difflib
@@ -456,6 +456,11 @@ def check_loss(name:str) -> str:
     "The name itself; `ValueError` with the nearest valid one unless it is a key of `LOSSES`."
     if name not in LOSSES: raise _unknown("loss", name, LOSSES)
     return name
+
+def target_gamma(loss:str, params:dict=None) -> float | None: # None for the other losses
+    "gamma of a loss that aims at a line: log-ratio gaps of 1/gamma nats per sigma of reward."
+    known = LOSSES[loss].params if loss in LOSSES else {}
+    return {**known, **(params or {})}.get("gamma")
 
 def preference_loss(
     name:str, # key of `LOSSES`

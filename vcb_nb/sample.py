@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import AutoConfig, DynamicCache
 
 from .artifacts import InputError, Progress
@@ -28,6 +27,7 @@ from .batches import accepts, evaluating, pad_rows, unwrap
 from .data import encode_prompts, load_prompts
 from .loading import (as_dtype, load_policy, load_tokenizer, pick_device, read_context,
                             whole_folder)
+from .packing import logps_of_logits
 from .settings import REQUIRED, check_choice, check_least, check_required, option
 from .shards import complete_parts, read_parts
 
@@ -118,7 +118,7 @@ def decode(model, # causal LM in eval mode
         allowed = logits if pad_id == eos_id else _without(logits, pad_id)
         token = draw_tokens(allowed, draws[alive, step], **sampling)
         out[alive, step], lengths[alive] = token, step + 1
-        logps[alive] += _chosen_logps(logits, token).to(logps.dtype)
+        logps[alive] += logps_of_logits(logits, token)[:, 0].to(logps.dtype)
         going = (token != eos_id).nonzero().squeeze(-1)
         if step + 1 == draws.shape[1] or not len(going): break
         if len(going) < len(alive):
@@ -134,11 +134,6 @@ def _without(logits, token_id):
     logits = logits.clone()
     logits[:, token_id] = -math.inf
     return logits
-
-def _chosen_logps(logits, token):
-    "log π(token) of each row, of the model's own distribution, in fp32 or float64."
-    if logits.dtype != torch.float64: logits = logits.float()
-    return -F.cross_entropy(logits, token, reduction="none")
 
 def _pad_and_eos(tokenizer)->tuple:
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id

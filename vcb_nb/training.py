@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/training.html.md"""
 __all__ = ['LEAST', 'REPORTERS', 'SHOWN', 'TrainingDefaults', 'is_complete', 'last_checkpoint', 'remove_incomplete',
            'check_settings', 'check_share', 'held_out_split', 'MetricsProgress', 'repeated_rows', 'EvenTrainer',
            'checkpoint_folder', 'checkpoint_args', 'resume_point', 'save_final', 'save_adapter', 'final_evaluation',
-           'load_weights', 'run_training', 'remove_checkpoints', 'write_log', 'read_curve', 'final_loss']
+           'load_weights', 'run_training', 'remove_checkpoints', 'write_log', 'curve', 'read_curve', 'final_loss']
 
 # %% ../nbs/foundations/17_training.ipynb #c2eaa226
 import copy, enum, functools, json, logging, math, os, random, shutil, typing, zipfile
@@ -355,14 +355,19 @@ def write_log(folder, history:list)->None:
             if "train_runtime" not in row]
     write_jsonl(Path(folder)/"training_log.jsonl", rows)
 
-def read_curve(folder, # the `output_dir` of a stage
-               key:str="loss", # 'loss', 'eval_loss', 'grad_norm', 'learning_rate', …
-              )->tuple: # (steps, values)
-    "A curve of the training log."
-    text = (Path(folder)/"training_log.jsonl").read_text("utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+def curve(history:list, # rows of the Trainer's `state.log_history`
+          key:str="loss", # 'loss', 'eval_loss', 'grad_norm', 'learning_rate', …
+         )->tuple: # (steps, values)
+    "One curve of a log."
+    found = [(row["step"], row[key]) for row in history if row.get(key) is not None]
     return tuple(zip(*found)) if found else ((), ())
+
+def read_curve(folder, # the `output_dir` of a stage
+               key:str="loss", # as for `curve`
+              )->tuple: # (steps, values)
+    "One curve of the log that a stage left in its folder."
+    text = (Path(folder)/"training_log.jsonl").read_text("utf-8")
+    return curve([json.loads(line) for line in text.splitlines()], key)
 
 def final_loss(history:list, # the Trainer's `state.log_history`
                share:float=.1, # of the steps, counted from the end

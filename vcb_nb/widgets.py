@@ -6,7 +6,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/theory/playground.html.md"""
 
 # %% auto #0
 __all__ = ['RESPONSES', 'STEPS', 'FIRST_STEP', 'LONGEST_STEP', 'LOW', 'HIGH', 'bench_world', 'alike', 'train', 'Comparison',
-           'compute', 'frontier', 'Outcome', 'outcome', 'BenchFigure', 'bench_controls', 'Bench', 'playground']
+           'compute', 'exact_frontier', 'Outcome', 'outcome', 'BenchFigure', 'bench_controls', 'Bench', 'playground']
 
 # %% ../nbs/theory/10_playground.ipynb #1e752bc1
 import functools
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from .losses import LOSSES, check_loss
 from .plots import method_label, method_style
-from .worlds import (Fit, TableWorld, expected, fit_table, frontier_efficiency, kl_divergence,
-                           optimal_policy, random_world, sample_candidates, table_world)
+from .worlds import (Fit, TableWorld, draw_candidates, expected, fit_table,
+                           frontier_efficiency, kl_divergence, optimal_policy, random_world,
+                           table_world)
 
 # %% ../nbs/theory/10_playground.ipynb #479b30d1
 RESPONSES = 8
@@ -67,7 +68,7 @@ def train(
 ) -> Fit:
     "`fit_table` as the bench calls it: 24 steps of Rprop, exact sigma, VCB's optimum as yardstick."
     check_loss(method)
-    index = sample_candidates(world, candidates, seed) if candidates else None
+    index = draw_candidates(world, candidates, seed) if candidates else None
     return fit_table(world, method, candidates=index, steps=STEPS, lr=FIRST_STEP,
                      optimizer=_rprop, sigma=world.reward_std,
                      optimum=optimal_policy(world, gamma), **alike(method, gamma))
@@ -98,7 +99,7 @@ def _remembered(method, gamma, candidates, seed):
     return train(bench_world(seed), method, gamma, candidates, seed)
 
 # %% ../nbs/theory/10_playground.ipynb #41f11374
-def frontier(
+def exact_frontier(
     world:TableWorld, # of one prompt
     points:int=60,
 ) -> tuple[Tensor, Tensor]: # KL to SFT (nats) and reward, `[points]`
@@ -216,7 +217,7 @@ class BenchFigure:
         self.optimum_bars.set_ydata(optimum[0].exp())
         ratio = (optimum - world.ref_logps)[0]
         self.line.set_data(world.rewards[0], ratio)
-        self.edge.set_data(*frontier(world))
+        self.edge.set_data(*exact_frontier(world))
         self.start.set_data([0.], expected(world.ref_logps, world.rewards))
         self.star.set_data(kl_divergence(optimum, world.ref_logps),
                            expected(optimum, world.rewards))

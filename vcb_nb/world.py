@@ -360,7 +360,7 @@ def sample_pair(prompt:str, # what is asked
     return dict(prompt=prompt, chosen=chosen, rejected=rejected)
 
 # %% ../nbs/foundations/05_world.ipynb #0d6ec8c1
-def _demonstration(prompt, rng): return dict(prompt=prompt, completion=sample_response(prompt, rng))
+def _demonstrate(prompt, rng): return dict(prompt=prompt, completion=sample_response(prompt, rng))
 
 def _new_prompts(n, seen, rng, ood=False):
     "n prompts that are not in `seen`, which they join."
@@ -386,7 +386,7 @@ def make_world(folder, # where the files go
     for name, n in sizes.items():
         rng = random.Random(f"{name} {seed}")
         asked = _new_prompts(n, seen, rng, ood=name == "prompts_ood")
-        row = {"pairs": sample_pair, "demonstrations": _demonstration}.get(
+        row = {"pairs": sample_pair, "demonstrations": _demonstrate}.get(
             name.removesuffix("_test"), lambda prompt, rng: dict(prompt=prompt))
         paths[name] = Path(folder) / f"{name}.jsonl"
         write_jsonl(paths[name], [row(prompt, rng) for prompt in asked])

@@ -6,8 +6,8 @@ Docs: https://vcb-nb.github.io/vcb_nb/theory/worlds.html.md"""
 
 # %% auto #0
 __all__ = ['MAX_STRINGS', 'TableWorld', 'table_world', 'random_world', 'expected', 'entropy', 'kl_divergence', 'log_partition',
-           'optimal_policy', 'frontier_reward', 'frontier_efficiency', 'Fit', 'sample_candidates', 'fit_table',
-           'Strings', 'enumerate_strings', 'string_logps', 'StringLM', 'string_world']
+           'optimal_policy', 'frontier_reward', 'frontier_efficiency', 'Fit', 'draw_candidates', 'fit_table', 'Strings',
+           'enumerate_strings', 'string_logps', 'StringLM', 'string_world']
 
 # %% ../nbs/theory/08_worlds.ipynb #46c5de02
 import itertools
@@ -167,7 +167,7 @@ class Fit:
         "Log-probs at the end: `[prompts, K]`."
         return self.logps[-1]
 
-def sample_candidates(
+def draw_candidates(
     world:TableWorld,
     n:int, # candidates per prompt
     seed:int=0,
