@@ -116,7 +116,7 @@ def test_hub_names_are_told_from_paths(tmp_path, monkeypatch):
 
 def test_hub_out_of_reach():
     "Offline, an unknown name gives one sentence, not a stack of the client's exceptions."
-    assert "no file or folder here" in message(load_rows, "nobody/nothing")
+    assert "not a file or folder here" in message(load_rows, "nobody/nothing")
 
 
 def test_formats_of_demonstrations(tmp_path):

@@ -301,7 +301,7 @@ def test_bad_settings_are_named(config, change, said):
 def test_candidates_of_another_policy_are_refused(config, folders):
     "Ids that another tokenizer made are told by the texts beside them."
     folder, _ = folders
-    with pytest.raises(InputError, match="not of the tokenizer of .*other_policy"):
+    with pytest.raises(InputError, match="not come from the tokenizer of .*other_policy"):
         score(replace(config, reference=str(folder/"other_policy")))
 
 
