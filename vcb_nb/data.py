@@ -1,4 +1,4 @@
-"""Read preference pairs, demonstrations, prompts, texts and n-best lists as they are, and turn text into token ids once, with prompt and completion kept apart.
+"""Read preference pairs, demonstrations, prompts, plain text and n-best lists in the formats they come in, and turn text into token ids once, with prompt and completion kept apart.
 
 Docs: https://vcb-nb.github.io/vcb_nb/foundations/data.html.md"""
 
@@ -41,7 +41,7 @@ _LARGEST = 1.7e308  # bounds finite float64; also comparable with whole numbers 
 _TYPE_NAMES = {str: "a string", int: "a whole number", float: "a number"}
 
 def _fault(value, kind, name):
-    "What is wrong with `value` as a str, an int, a float or a list of a kind, or None."
+    "What is wrong with `value`, which should be a str, int, float or list of a kind; or None."
     if isinstance(kind, list):
         if not isinstance(value, list): return f"{name} must be a list, not {_show(value)}"
         if kind == [int] and set(map(type, value)) <= {int}: return None  # token ids: millions
@@ -50,10 +50,11 @@ def _fault(value, kind, name):
     right = (int, float) if kind is float else kind
     if isinstance(value, bool) or not isinstance(value, right):
         return f"{name} must be {_TYPE_NAMES[kind]}, not {_show(value)}"
-    if kind is float and not abs(value) <= _LARGEST: return f"{name} is {value}, not finite"
+    if kind is float and not abs(value) <= _LARGEST:
+        return f"{name} is {value}, not a finite number"
 
 def _show(value):
-    "A value in an error message."
+    "A value as shown in an error message."
     if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
         return "a list of chat messages (apply the tokenizer's chat template first)"
     text = json.dumps(value, ensure_ascii=False, default=str)
@@ -61,24 +62,24 @@ def _show(value):
 
 # %% ../nbs/foundations/04_data.ipynb #0b562c60
 def _missing(where, column, columns):
-    "The error for an absent column."
+    "The error for a missing column."
     return InputError(f"{where}: no column '{column}'. {did_you_mean(column, columns)} "
                       "Rename or add the column.")
 
 def _check_row(row, where, need):
-    "The row with its numbers as floats; `InputError` where a needed column is absent or wrong."
+    "The row, its numbers as floats; `InputError` if a needed column is missing or wrong."
     for column in need:
         if column not in row: raise _missing(where, column, row)
         kind = COLUMN_TYPES.get(column)
         fault = kind and _fault(row[column], kind, column)
-        if fault: raise InputError(f"{where}: {fault}. Correct the row or take it out.")
+        if fault: raise InputError(f"{where}: {fault}. Fix the row or remove it.")
         if kind is float: row[column] = float(row[column])
         if kind == [float]: row[column] = [float(v) for v in row[column]]
     return row
 
 # %% ../nbs/foundations/04_data.ipynb #fcfcce13
 def _lines(path):
-    "(place, line) of a text file, gzipped or not, decoded strictly as UTF-8."
+    "Yield (place, line) of a text file, gzipped or not, decoded strictly as UTF-8."
     number = 0
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
@@ -90,12 +91,12 @@ def _lines(path):
                          "Save the file as UTF-8.") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise InputError(f"{path}: broken gzip after line {number} ({e}). "
-                         "Fetch the file again.") from None
+                         "Download or compress the file again.") from None
 
 # %% ../nbs/foundations/04_data.ipynb #eadd55ed
 def _json_fault(error):
     "What `json` found wrong, and in which column."
-    if isinstance(error, RecursionError): return "nested too deep"
+    if isinstance(error, RecursionError): return "nested too deeply"
     if isinstance(error, json.JSONDecodeError): return f"{error.msg}, column {error.colno}"
     return str(error).partition(";")[0]
 
@@ -104,19 +105,26 @@ def _parse(line, where):
     try: row = json.loads(line)
     except (ValueError, RecursionError) as e: # a number of 5000 digits is a plain ValueError
         raise InputError(f"{where}: not JSON ({_json_fault(e)}). "
-                         "Every line must hold one whole object.") from None
+                         "Write one complete JSON object per line.") from None
     if not row or not isinstance(row, dict):
-        raise InputError(f"{where}: a row must be an object with named columns, not {_show(row)}.")
+        raise InputError(f"{where}: a row must be an object with named columns, not {_show(row)}. "
+                         "Fix the row or remove it.")
     if "\\ud" in line.lower():
         try: json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise InputError(f"{where}: half of a surrogate pair (\\ud...), which UTF-8 cannot "
-                             "hold. Correct the row or take it out.") from None
+                             "encode. Fix the row or remove it.") from None
     return row
+
+# %% ../nbs/foundations/04_data.ipynb #1ff5c459
+def _kind(path):
+    "'jsonl', 'json', 'parquet', 'txt', or None for any other file."
+    match = re.search(r"\.(jsonl|json|parquet|txt)(\.gz)?$", str(path))
+    return match and match[1]
 
 # %% ../nbs/foundations/04_data.ipynb #57f508e1
 def _json_rows(path):
-    "(place, row) of a .jsonl file, or of a .json file that holds one array."
+    "Yield (place, row) of a .jsonl file, or of a .json file that contains one array."
     filled = ((where, line) for where, line in _lines(path) if line.strip())
     if _kind(path) == "jsonl" or not next(filled, ("", ""))[1].lstrip().startswith("["):
         for where, line in _lines(path):
@@ -125,13 +133,13 @@ def _json_rows(path):
     try: rows = json.loads("".join(line for _, line in _lines(path)))
     except (ValueError, RecursionError) as e:
         raise InputError(f"{path}:{getattr(e, 'lineno', 1)}: not JSON ({_json_fault(e)}). "
-                         "Correct the file.") from None
+                         "Fix the file.") from None
     for i, row in enumerate(rows):
         where = f"{path}, row {i}"
         yield where, _parse(json.dumps(row), where)
 
 def _text_rows(path, size=1 << 20):
-    "A plain text in rows of about `size` characters, cut at line ends: joined, they are the file."
+    "Yield `text` rows of about `size` characters, cut at line ends; joined, they are the file."
     lines, length = [], 0
     for where, line in _lines(path):
         lines.append(line)
@@ -141,26 +149,21 @@ def _text_rows(path, size=1 << 20):
             lines, length = [], 0
     if length: yield where, {"text": "".join(lines)}
 
-# %% ../nbs/foundations/04_data.ipynb #16bdd17b
-def _kind(path):
-    "'jsonl', 'json', 'parquet', 'txt', or None for any other file."
-    match = re.search(r"\.(jsonl|json|parquet|txt)(\.gz)?$", str(path))
-    return match and match[1]
-
 def _file_rows(paths):
-    "(place, row) of all files in turn."
+    "Yield (place, row) of all files in turn."
     for path in paths:
         yield from (_text_rows if _kind(path) == "txt" else _json_rows)(path)
 
+# %% ../nbs/foundations/04_data.ipynb #16bdd17b
 def _unbroken(paths):
-    """The files, if none is absent from a set of shards named `…-00000-of-00012`,
+    """The files, if none is missing from a set of shards named `…-00000-of-00012`,
     and none differs from its seal."""
     refuse_altered(paths)
     shards = [re.search(r"^(.*?)(\d+)-of-(\d+)\.", p.name) for p in paths]
     for (name, total), found in Counter((m[1], m[3]) for m in shards if m).items():
         if found != int(total):
-            raise InputError(f"{paths[0].parent}: {found} of {int(total)} shards '{name}*' are "
-                             "there. Let the stage that writes them finish first.")
+            raise InputError(f"{paths[0].parent}: only {found} of {int(total)} shards '{name}*' "
+                             "exist. Let the stage that writes them finish first.")
     return paths
 
 # %% ../nbs/foundations/04_data.ipynb #b7938ca2
@@ -176,16 +179,16 @@ def _folder_files(folder, split):
     if not files:
         named = f" named '{split}...'" if split else ""
         raise InputError(f"{folder}: no .jsonl, .parquet, .txt or .json file{named}. "
-                         "Name another folder.")
+                         "Give another folder.")
     splits = {s for s in _SPLITS for p in files if re.match(rf"{s}\b", p.name)}
     if len(splits) > 1:
-        raise InputError(f"{folder} holds several splits ({', '.join(sorted(splits))}). "
+        raise InputError(f"{folder} contains several splits ({', '.join(sorted(splits))}). "
                          f"Choose one: '{folder}#{min(splits)}'.")
     return _unbroken(files)
 
 # %% ../nbs/foundations/04_data.ipynb #2abed98a
 def _from_hub(name, split):
-    "A data set of the hub, named `owner/name[/folder][:config]`."
+    "A dataset on the Hub, named `owner/name[/folder][:config]`."
     if _kind(name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)*(:[\w.-]+)?", name):
         folder = Path(name).parent
         beside = [p.name for p in folder.iterdir()] if folder.is_dir() else []
@@ -196,26 +199,27 @@ def _from_hub(name, split):
     try:
         return load_dataset("/".join(parts[:2]), config or None, split=split or "train",
                             data_dir="/".join(parts[2:]) or None)
-    except Exception as e:  # the hub's client raises dozens of kinds
+    except Exception as e:  # the Hub's client raises dozens of kinds
         reason = next(iter(str(e).splitlines()), "")
-        raise InputError(f"'{name}' is no file or folder here, and the hub did not give it "
-                         f"({type(e).__name__}: {reason}). Correct or download it.") from e
+        raise InputError(f"'{name}' is not a file or folder here, and it could not be loaded from "
+                         f"the Hub ({type(e).__name__}: {reason}). Correct the name, or download "
+                         "the dataset.") from e
 
 def _from_disk(folder, split):
-    "A folder written by `save_to_disk`."
+    "The dataset in a folder written by `save_to_disk`."
     try: found = load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as e:
-        raise InputError(f"{folder}: the saved data set cannot be read ({e}). "
+        raise InputError(f"{folder}: the saved dataset cannot be read ({e}). "
                          "Save it again.") from None
     if isinstance(found, Dataset): return found
     if split in found: return found[split]
-    raise InputError(f"{folder} holds the splits {', '.join(found)}. "
+    raise InputError(f"{folder} contains the splits {', '.join(found)}. "
                      f"Choose one: '{folder}#{next(iter(found))}'.")
 
 # %% ../nbs/foundations/04_data.ipynb #262c1a9d
 def _locate(source):
     "(name for messages, `Dataset` or list of files) of whatever `source` names."
-    if isinstance(source, Dataset): return "the data set", source
+    if isinstance(source, Dataset): return "the dataset", source
     name, _, split = str(source).partition("#")
     if Path(str(source)).expanduser().exists(): name, split = str(source), ""
     path = Path(name).expanduser()
@@ -224,13 +228,13 @@ def _locate(source):
         return name, _from_disk(path, split)
     if path.is_file() and not _kind(path):
         raise InputError(f"{path}: unknown kind of file. "
-                         "Use .jsonl, .json, .txt (all also .gz) or .parquet.")
+                         "Use .jsonl, .json or .txt (gzipped or not), or .parquet.")
     files = _folder_files(path, split) if path.is_dir() else [path]
     if _kind(files[0]) != "parquet": return name, files
     try: return name, load_dataset("parquet", data_files=list(map(str, files)), split="train")
     except (DatasetGenerationError, pa.ArrowException, OSError, ValueError) as e:
-        raise InputError(f"{name}: the Parquet cannot be read ({e.__cause__ or e}). "
-                         "Fetch or write it again.") from None
+        raise InputError(f"{name}: the Parquet file cannot be read ({e.__cause__ or e}). "
+                         "Download or write it again.") from None
 
 def _columns(place):
     "(place of the first row, its columns)."
@@ -239,7 +243,7 @@ def _columns(place):
     else:
         where, row = next(_file_rows(found), (name, None))
         columns, empty = list(row or ()), row is None
-    if empty: raise InputError(f"{name}: no rows. Give a source that holds at least one.")
+    if empty: raise InputError(f"{name}: no rows. Give a source with at least one.")
     return where, columns
 
 # %% ../nbs/foundations/04_data.ipynb #5588c1c2
@@ -258,7 +262,7 @@ def _read_files(paths, **settings):
     try:
         if sum(s.st_size for s in stats) <= IN_MEMORY:
             return Dataset.from_list(list(_checked_rows(**settings)))
-        # A file that changed under its name must not meet the cache of the old one.
+        # A file that has changed must not be served from the cache of the old one.
         settings["stamp"] = tuple((s.st_size, s.st_mtime_ns) for s in stats)
         return Dataset.from_generator(_checked_rows, gen_kwargs=settings)
     except DatasetGenerationError as e:
@@ -268,8 +272,9 @@ def _read_files(paths, **settings):
         raise InputError(f"{paths[0]}: a column changes its type between rows ({e}). "
                          "Give every column one type.") from e
 
+# %% ../nbs/foundations/04_data.ipynb #c3b4fd5d
 def _read(place, need, only=False, check=_check_row):
-    "The rows of a place, each checked; `only` the needed columns if asked."
+    "The checked rows of a place; with `only`, just the needed columns."
     name, found = place
     where, columns = _columns(place)
     if not isinstance(found, Dataset):
@@ -282,14 +287,14 @@ def _read(place, need, only=False, check=_check_row):
     return needed if only else found
 
 # %% ../nbs/foundations/04_data.ipynb #f3be26f0
-def load_rows(source, # file, folder, hub name (with `#split` if it has several), or `Dataset`
-              need:tuple=(), # columns that must be there, and be of the right type
+def load_rows(source, # file, folder, Hub name (with `#split` if it has several), or `Dataset`
+              need:tuple=(), # columns that must exist and have the right type
              )->Dataset: # with the columns of the first row
-    """Read rows from .jsonl, .json, .txt (all also .gz), Parquet, a folder of them, a
-    `save_to_disk` folder, or the hub (`owner/name[/folder][:config]`).
+    """Read rows from .jsonl, .json or .txt files (gzipped or not), Parquet, a folder of them, a
+    `save_to_disk` folder, or the Hub (`owner/name[/folder][:config]`).
 
-    Raises `InputError` naming file and line: broken JSON, a byte that is not UTF-8, an absent
-    column (with the nearest there is), a value of the wrong type, no rows, an absent shard."""
+    Raises `InputError` with file and line for broken JSON, a byte that is not UTF-8, a missing
+    column (naming the closest there is), a value of the wrong type, no rows, or a missing shard."""
     return _read(_locate(source), need)
 
 # %% ../nbs/foundations/04_data.ipynb #2f7d1667
@@ -298,7 +303,7 @@ ASSISTANT, HUMAN = "\n\nAssistant:", "\n\nHuman:"
 def split_dialogue(chosen:str, # whole dialogue that ends in the preferred answer
                    rejected:str, # the same dialogue with the other answer
                   )->tuple: # (prompt, chosen, rejected)
-    """Split two HH dialogues at the last `Assistant:` turn, which the prompt keeps.
+    """Split two HH dialogues after the last `Assistant:`, which stays in the prompt.
 
     `InputError` says why a pair cannot be split: no such turn, no common prompt, a further turn."""
     if ASSISTANT not in chosen: raise InputError("no Assistant turn")
@@ -312,11 +317,11 @@ def split_dialogue(chosen:str, # whole dialogue that ends in the preferred answe
 
 # %% ../nbs/foundations/04_data.ipynb #2ae0ab5d
 def _usable(rows, name):
-    "The rows whose `dropped` is empty; the others are counted in the log."
+    "The rows whose `dropped` is empty; the log counts the others."
     counts = Counter(reason for reason in rows["dropped"] if reason)
     reasons = ", ".join(f"{reason}: {n}" for reason, n in counts.most_common())
     if len(rows) == sum(counts.values()):
-        raise InputError(f"{name}: no usable row ({reasons}). Look at the file.")
+        raise InputError(f"{name}: no usable row ({reasons}). Check the file.")
     if counts:
         dropped = sum(counts.values())
         log.warning("%s: %d of %d rows dropped (%s)", name, dropped, len(rows), reasons)
@@ -324,7 +329,7 @@ def _usable(rows, name):
     return rows.remove_columns("dropped")
 
 def _pair(row):
-    "A preference pair, with the reason for which it is unusable in `dropped`."
+    "A preference pair; if it is unusable, `dropped` says why."
     prompt, chosen, rejected, dropped = row.get("prompt", ""), row["chosen"], row["rejected"], ""
     try:
         if "prompt" not in row: prompt, chosen, rejected = split_dialogue(chosen, rejected)
@@ -335,7 +340,7 @@ def _pair(row):
 
 # %% ../nbs/foundations/04_data.ipynb #acea98c2
 def _pairs(place):
-    "`load_pairs` of a place."
+    "`load_pairs` of a place that `_locate` found."
     columns = _columns(place)[1]
     need = [c for c in ("prompt", "chosen", "rejected", "margin")
             if c in columns or c in ("chosen", "rejected")]
@@ -344,17 +349,17 @@ def _pairs(place):
 
 def load_pairs(source, # see `load_rows`
               )->Dataset: # prompt, chosen, rejected, and margin where the source has it
-    """Read preference pairs: `prompt`, `chosen`, `rejected`, or the hub's HH columns (`chosen`
+    """Read preference pairs: `prompt`, `chosen`, `rejected`, or HH's columns on the Hub (`chosen`
     and `rejected` as whole dialogues).
 
-    Rows that hold no preference are dropped, and counted in the log by reason."""
+    Rows without a preference are dropped, and the log counts them by reason."""
     return _pairs(_locate(source))
 
 # %% ../nbs/foundations/04_data.ipynb #a6181fa7
 TLDR = "\n\nTL;DR:"
 
 def _demonstration(prompt, completion):
-    "A demonstration, with the reason for which it is unusable in `dropped`."
+    "A demonstration; if it is unusable, `dropped` says why."
     dropped = "" if completion.strip() else "empty completion"
     return dict(prompt=prompt, completion=completion, dropped=dropped)
 
@@ -373,7 +378,7 @@ PROMPT_FORMATS = {
 
 # %% ../nbs/foundations/04_data.ipynb #a80e578b
 def _choose(place, formats):
-    "The first format all of whose columns are there; if none, the error names the nearest column."
+    "The first format whose columns are all there; `InputError` if there is none."
     where, columns = _columns(place)
     absent = {need: [c for c in need if c not in columns] for need in formats}
     best = min(absent, key=lambda need: len(absent[need]))
@@ -382,8 +387,9 @@ def _choose(place, formats):
 
 def _are_pairs(place): return {"chosen", "rejected"} <= set(_columns(place)[1])
 
+# %% ../nbs/foundations/04_data.ipynb #9f500377
 def _demonstrations(place):
-    "`load_demonstrations` of a place."
+    "`load_demonstrations` of a place that `_locate` found."
     if _are_pairs(place):
         rows = _pairs(place).select_columns(["prompt", "chosen"])
         return rows.rename_column("chosen", "completion")
@@ -411,7 +417,7 @@ def load_prompts(source, # see `load_rows`
 
 def load_texts(source, # see `load_rows`
               )->Dataset: # text
-    "Read running text: `text`, a plain file (rows of about 1 MB), or prompt + completion joined."
+    "Read plain text: `text`, a .txt file (in rows of about 1 MB), or prompt + completion joined."
     place = _locate(source)
     if "text" in _columns(place)[1]: return _read(place, ("text",), only=True)
     if not _are_pairs(place): _choose(place, {("text",): None, **DEMONSTRATION_FORMATS})
@@ -423,33 +429,34 @@ def load_texts(source, # see `load_rows`
 PER_CANDIDATE = ("completion_ids", "finish_reasons", "sample_logps", "rewards", "ref_logps")
 
 def _check_candidates(row, where, need):
-    "A candidate row with `completions`; `InputError` where a list does not fit the others."
+    "A candidate row with `completions`; `InputError` if its lists do not fit together."
     if "responses" in row and "completions" not in row: row["completions"] = row.pop("responses")
     _check_row(row, where, need)
     n = len(row["completions"])
-    if not n: raise InputError(f"{where}: no completions. Take the row out.")
+    if not n: raise InputError(f"{where}: no completions. Remove the row.")
     for column in PER_CANDIDATE:
         if column in need and len(row[column]) != n:
             raise InputError(f"{where}: {len(row[column])} {column} for {n} completions. "
-                             "Make them agree.")
+                             "Give one per completion.")
     if "completion_ids" in need and not all(row["completion_ids"]):
         raise InputError(f"{where}: completion_ids[{row['completion_ids'].index([])}] is empty. "
-                         "Take the candidate out: it has no log-probability.")
+                         "Remove the candidate: it has no log-probability.")
     lists = row["completion_ids"] if "completion_ids" in need else []
     if "prompt_ids" in need: lists = [row["prompt_ids"], *lists]
     least = min(map(min, filter(None, lists)), default=0)
-    if least < 0: raise InputError(f"{where}: token id {least}. Ids begin at 0: score it again.")
+    if least < 0:
+        raise InputError(f"{where}: token id {least} is negative. Fix the row or remove it.")
     return row
 
 # %% ../nbs/foundations/04_data.ipynb #e2d2bb24
 def load_candidates(source, # see `load_rows`; also the output folder of `sample` or `score`
                     need:tuple=(), # beyond prompt and completions, e.g. ("rewards", "ref_logps")
-                   )->Dataset: # one prompt a row: prompt, completions, and what else the source has
-    """Read n-best lists: `prompt`, `completions` (or `responses`) and, where there are any, token
-    ids, rewards and reference log-probabilities, with any number of candidates in a row.
+                   )->Dataset: # one row per prompt: prompt, completions, the source's other columns
+    """Read n-best lists: `prompt`, `completions` (or `responses`) and, if present, token ids,
+    rewards and reference log-probabilities. Rows may have different numbers of candidates.
 
-    `InputError` names the row and index of a reward that is no finite number, and of lists that
-    differ in length."""
+    `InputError` names the row and index of a reward that is not a finite number, and the row
+    whose lists differ in length."""
     name, found = place = _locate(source)
     columns = _columns(place)[1]
     if isinstance(found, Dataset) and "responses" in columns and "completions" not in columns:
@@ -465,11 +472,12 @@ def train_tokenizer(texts, # iterable of strings
                     vocab_size:int, # entries, at least 258 (256 bytes, EOS and padding)
                     out=None, # folder to save it in
                    ): # a transformers.PreTrainedTokenizerFast
-    "Train a byte-level BPE tokenizer: EOS is id 0, padding id 1, no BOS; no text is unknown to it."
+    "Train a byte-level BPE tokenizer: EOS is id 0, padding is id 1, no BOS; it encodes any text."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     if vocab_size < 258:
-        raise InputError(f"vocab_size is {vocab_size}. Give at least 258: 256 bytes, EOS, padding.")
+        raise InputError(f"vocab_size is {vocab_size}. Set it to at least 258: 256 bytes, EOS and "
+                         "padding.")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -484,17 +492,17 @@ def train_tokenizer(texts, # iterable of strings
 
 # %% ../nbs/foundations/04_data.ipynb #6e0aaff9
 def _bos(tokenizer):
-    "[BOS id] if this tokenizer opens every text with one, else []."
+    "[BOS id] if this tokenizer starts every text with one, else []."
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
 
 def _ids(tokenizer, text):
-    "Token ids of a text (or of each of a list of texts) alone, without BOS and EOS."
+    "Token ids of a text (or of each text of a list), without BOS and EOS."
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 def encode_prompt(tokenizer, # any Hugging Face tokenizer
-                  prompt:str, # used as it is: no white space is stripped
-                  max_length:int=None, # tokens; a longer prompt loses its beginning
+                  prompt:str, # used as is: no whitespace is stripped
+                  max_length:int=None, # tokens; longer prompts are cut at the start
                  )->list: # token ids
     "Token ids of a prompt: no EOS, one BOS if the tokenizer uses it (kept when truncated)."
     bos, ids = _bos(tokenizer), _ids(tokenizer, prompt)
@@ -502,10 +510,11 @@ def encode_prompt(tokenizer, # any Hugging Face tokenizer
     if max_length is not None: ids = ids[max(0, len(ids) - max_length + len(bos)):]
     return bos + ids
 
+# %% ../nbs/foundations/04_data.ipynb #52de4870
 def encode_prompts(tokenizer, prompts:list, # texts
                    max_length:int, # tokens
                   )->tuple: # token ids of each prompt, how many were cut
-    "Token ids of prompts; longer ones lose their beginning."
+    "Token ids of prompts; longer ones are cut at the start."
     whole = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     ids = [p if len(p) <= max_length else encode_prompt(tokenizer, text, max_length)
            for p, text in zip(whole, prompts)]
@@ -513,16 +522,16 @@ def encode_prompts(tokenizer, prompts:list, # texts
 
 # %% ../nbs/foundations/04_data.ipynb #bb842acf
 def _close(ids, tokenizer, finished, max_length):
-    "(ids, finished) of a completion with EOS, or cut off without."
+    "(ids, finished) of a completion: with EOS at its end, or cut without one."
     eos = tokenizer.eos_token_id
     if eos is None: raise InputError("The tokenizer has no EOS token. Set `tokenizer.eos_token`.")
-    if ids[-1:] == [eos]: ids = ids[:-1]  # some data sets write it out
+    if ids[-1:] == [eos]: ids = ids[:-1]  # some datasets include it
     if finished: ids = ids + [eos]
     cut = max_length is not None and len(ids) > max_length
     return (ids[:max_length], False) if cut else (ids, finished)
 
 def encode_completion(tokenizer, # any Hugging Face tokenizer with an EOS token
-                      completion:str, # used as it is, never joined with the prompt
+                      completion:str, # used as is, never joined with the prompt
                       finished:bool=True, # False for a text that was cut off: it gets no EOS
                       max_length:int=None, # tokens, EOS included
                      )->tuple: # (token ids, finished)
@@ -531,7 +540,7 @@ def encode_completion(tokenizer, # any Hugging Face tokenizer with an EOS token
 
 # %% ../nbs/foundations/04_data.ipynb #d7393e9a
 def _coded(row, tokenizer, max_length):
-    "(ids, finished) of each completion of a row; stored ids are taken as they are."
+    "(ids, finished) of each completion of a row; stored ids are used as they are."
     reasons = row.get("finish_reasons")
     if "completion_ids" in row:
         eos = tokenizer.eos_token_id
@@ -543,7 +552,7 @@ def _coded(row, tokenizer, max_length):
             for ids, reason in zip(_ids(tokenizer, row["completions"]), reasons)]
 
 def _encode_row(row, tokenizer, max_prompt_length, max_completion_length):
-    "A candidate row with ids; candidates without any token leave all lists of the row."
+    "A candidate row with ids; a candidate without a token is removed from all lists of the row."
     coded, n = _coded(row, tokenizer, max_completion_length), len(row["completions"])
     row = row | {"completion_ids": [ids for ids, _ in coded],
                  "finish_reasons": ["stop" if finished else "length" for _, finished in coded]}
@@ -558,13 +567,13 @@ def _encode_row(row, tokenizer, max_prompt_length, max_completion_length):
 # %% ../nbs/foundations/04_data.ipynb #3e13d1f2
 def attach_ids(dataset:Dataset, # candidate rows: prompt, completions, optionally finish_reasons
                tokenizer, # any Hugging Face tokenizer with an EOS token
-               max_prompt_length:int=None, # tokens; longer prompts lose their beginning
-               max_completion_length:int=None, # tokens with EOS; longer ones lose their end
+               max_prompt_length:int=None, # tokens; longer prompts are cut at the start
+               max_completion_length:int=None, # tokens with EOS; longer ones are cut at the end
               )->tuple: # (dataset with ids and finish_reasons, counts of what was dropped)
     """Add `prompt_ids`, `completion_ids` and `finish_reasons` to candidates that are only text.
 
-    The counts are of single completions without a token, of rows in which no completion is left,
-    and of rows whose prompt has no token. Stored ids are kept as they are, at any length."""
+    It counts completions without a token, rows without a completion left, and rows whose prompt
+    has no token. Stored ids are kept as they are, whatever their length."""
     counts = dict.fromkeys(("empty completion", "no completion left", "empty prompt"), 0)
     if {"prompt_ids", "completion_ids", "finish_reasons"} <= set(dataset.column_names):
         return dataset, counts
@@ -579,19 +588,19 @@ def check_stored_ids(dataset, # candidate rows
                      tokenizer, # of `model`
                      model:str, source:str, # for the message
                     )->None:
-    "Raise `InputError` where most of the first stored ids give other texts than are stored."
+    "Raise `InputError` if most of the first stored ids decode to other texts than the stored ones."
     if not {"completion_ids", "completions"} <= set(dataset.column_names): return
     said = [(tokenizer.decode(ids, skip_special_tokens=True).strip(), text.strip())
             for row in dataset.select(range(min(8, len(dataset))))
             for ids, text in zip(row["completion_ids"], row["completions"])]
-    # White space at the ends may have been cut from the texts, and special tokens have none.
+    # Whitespace at the ends may have been cut from the texts, and special tokens have no text.
     said = [pair for pair in said if pair[1]]
     # A long completion's ids may have been cut, within a character even.
     other = [(a, b) for a, b in said if not b.startswith(a.rstrip("\ufffd"))]
     if len(other) > len(said) / 2:
-        raise InputError(f"{source}: the stored token ids are not of the tokenizer of {model}, "
-                         f"which reads {other[0][0][:30]!r} for {other[0][1][:30]!r}. Give the "
-                         "policy that the candidates come from.")
+        raise InputError(f"{source}: the stored token ids do not come from the tokenizer of "
+                         f"{model}, which reads {other[0][0][:30]!r} for {other[0][1][:30]!r}. "
+                         "Give the policy that the candidates come from.")
 
 # %% ../nbs/foundations/04_data.ipynb #d45da5f5
 PAIR_MODES = ("all", "best_worst", "best_of_rest")
@@ -604,6 +613,7 @@ def _winner_loser(rewards, mode):
              "best_of_rest": [(order[0], i) for i in order[1:]]}[mode]
     return [(w, l) for w, l in pairs if rewards[w] > rewards[l]]
 
+# %% ../nbs/foundations/04_data.ipynb #76edb21d
 def _row_pairs(batch, mode):
     "The pairs of a batch of candidate rows."
     pairs = {"prompt": [], "chosen": [], "rejected": [], "margin": []}
@@ -617,22 +627,23 @@ def _row_pairs(batch, mode):
 def candidates_to_pairs(dataset:Dataset, # prompt, completions, rewards
                         mode:str="all", # 'all', 'best_worst', or 'best_of_rest' (best against each)
                        )->Dataset: # prompt, chosen, rejected, margin (difference of rewards)
-    "Preference pairs in TRL's format. Ties and equal texts make none."
+    "Preference pairs in TRL's format. Ties and equal texts give none."
     if mode not in PAIR_MODES:
         raise InputError(f"Unknown mode '{mode}'. {did_you_mean(mode, PAIR_MODES)}")
     pairs = dataset.map(_row_pairs, batched=True, remove_columns=dataset.column_names,
                         fn_kwargs={"mode": mode})
     if not len(pairs):
-        raise InputError("No two candidates of a prompt differ in reward. Score them again.")
+        raise InputError("No prompt has two candidates that differ in reward and in text. "
+                         "Check the rewards.")
     return pairs
 
 # %% ../nbs/foundations/04_data.ipynb #ef44014e
 def pairs_to_candidates(dataset:Dataset, # prompt, chosen, rejected, optionally margin
-                       )->Dataset: # prompt, completions, rewards: two candidates a row
+                       )->Dataset: # prompt, completions, rewards: two candidates per row
     """Pairs as rows of two candidates, with rewards (margin, 0), or (1, 0) without a margin.
 
-    Two rewards divided by their own σ always differ by √2: values need n ≥ 3, or the σ of the
-    whole data set."""
+    Two rewards divided by their own σ always differ by √2. To use their values, take n ≥ 3, or
+    the σ of the whole dataset."""
     def row(pair):
         return {"prompt": pair["prompt"], "completions": [pair["chosen"], pair["rejected"]],
                 "rewards": [float(pair.get("margin", 1)), 0.]}

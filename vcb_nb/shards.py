@@ -21,20 +21,20 @@ from .settings import record_settings
 log = logging.getLogger(__name__)
 
 # %% ../nbs/foundations/03_shards.ipynb #fc21a384
-def _digest(content:bytes)->str: return hashlib.blake2b(content, digest_size=16).hexdigest()
+def _seal_of(content:bytes)->str: return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 def _seal(path)->Path: return Path(path).with_name(f".{Path(path).name}.digest")
 
 def write_sealed(path, rows)->Path:
     "Write JSON lines and their seal."
     lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    atomic_write(_seal(path), _digest(lines.encode()))
+    atomic_write(_seal(path), _seal_of(lines.encode()))
     return atomic_write(path, lines)
 
 def is_altered(path)->bool:
     "Whether a file differs from what was sealed."
     seal = _seal(path)
-    return seal.exists() and seal.read_text("utf-8") != _digest(Path(path).read_bytes())
+    return seal.exists() and seal.read_text("utf-8") != _seal_of(Path(path).read_bytes())
 
 def refuse_altered(paths)->None:
     "Raise `InputError` for the first file that was changed since it was sealed."

@@ -1,4 +1,4 @@
-"""A small generated review task whose true reward is computed from the text, so that every claim can be checked.
+"""A small, generated review task whose true reward is computed from the text, so that every claim can be checked.
 
 Docs: https://vcb-nb.github.io/vcb_nb/foundations/world.html.md"""
 
@@ -20,9 +20,9 @@ from .artifacts import InputError, write_jsonl
 # %% ../nbs/foundations/05_world.ipynb #270c348a
 @dataclass(frozen=True)
 class Category:
-    "One kind of thing to review: what it is, what it consists of, and words that fit only it."
+    "A kind of thing to review: its topics, their aspects, and the adjectives that fit only them."
     topics: dict  # topic -> stake: how much opinions about it differ
-    aspects: tuple  # what else a clause may speak of
+    aspects: tuple  # what else a clause may be about
     adjectives: dict  # adjective -> grade, from -3 (awful) to 3 (superb)
 
 # %% ../nbs/foundations/05_world.ipynb #2b088441
@@ -61,15 +61,16 @@ class World:
     "The vocabulary, with every grade that the gold reward reads."
     categories: dict  # name -> Category: seen in training
     ood: dict  # name -> Category: held out
-    settings: dict  # where -> what that place adds to every reward there
+    settings: dict  # place -> what it adds to every reward there
     ood_settings: dict  # the same for the held-out domain
     templates: tuple  # of prompts, with {topic}, {setting}, {asked}
-    lengths: dict  # sentence that asks for a length -> number of clauses wanted
+    lengths: dict  # request for a length -> number of clauses wanted
     adjectives: dict  # adjective that fits everything -> grade
     intensifiers: dict  # intensifier -> factor on the grade
     closings: dict  # closing sentence -> tone: 1 warm, 0 mild, -1 cold
     generic: tuple = ("it", "everything")  # subjects that fit every prompt
 
+# %% ../nbs/foundations/05_world.ipynb #0a75b4c4
 WORLD = World(
     categories=IN_DOMAIN, ood=OUT_OF_DOMAIN,
     settings={"at the old inn": .3, "by the harbour": .8, "in the hill village": 0.,
@@ -94,23 +95,23 @@ WORLD = World(
 class GoldWeights:
     "The constants of the gold reward."
     peak: float = 3.  # enthusiasm at which more of it stops helping
-    steepest: float = 1.5  # from this many peaks on, the fall is straight
+    steepest: float = 1.5  # beyond this many peaks, the fall is linear
     fade: float = .7  # factor of each further clause
-    cap: float = 2.5  # most that stacked intensifiers can multiply
+    cap: float = 2.5  # largest factor of stacked intensifiers
     foreign: float = .25  # factor of a clause that is off topic
     floor: float = -8.  # no text scores lower
-    closing_fits: float = .5  # a closing in the tone of the review
+    closing_fits: float = .5  # a closing that matches the tone of the review
     closing_mild: float = .2
     closing_clash: float = -.5
     closing_missing: float = -.6
     asked: float = .5  # the aspect asked for is described
-    clause_gap: float = -.35  # per clause more or fewer than wanted
+    clause_gap: float = -.35  # per clause too many or too few
     long_word: float = -.08  # per word
     long_from: int = 32  # beyond this many
     off_topic: float = -.5  # per clause that does not fit the prompt
     stray: float = -.15  # per word that cannot be read
     repeated: float = -.5  # per subject or adjective used again
-    contradiction: float = -1.  # per subject both praised and blamed
+    contradiction: float = -1.  # per subject both praised and criticised
     unfinished: float = -1.  # no full stop at the end
     empty: float = -2.  # no clause at all
 
@@ -127,7 +128,9 @@ class Request:
     asked: str
     clauses: int
 
+# %% ../nbs/foundations/05_world.ipynb #44e08518
 def _topics(world):
+    "The category of every topic."
     return {t: c for group in (world.categories, world.ood) for c in group.values()
             for t in c.topics}
 
@@ -138,7 +141,7 @@ _ASKED = re.compile(r"above all the (\w+)")
 
 def read_prompt(prompt:str, # any text
   )->Request: # what it asks for, as far as it is understood
-    "Find topic, place, asked aspect and wished length in a prompt."
+    "Find the topic, the place, the aspect asked for and the length asked for in a prompt."
     text = prompt.lower()
     topic, asked = _TOPIC.search(text), _ASKED.search(text)
     category = _CATEGORY_OF[topic[1]] if topic else None
@@ -149,22 +152,7 @@ def read_prompt(prompt:str, # any text
         asked=asked[1] if asked else "",
         clauses=next((n for ask, n in WORLD.lengths.items() if ask and ask.lower() in text), 2))
 
-# %% ../nbs/foundations/05_world.ipynb #c327a426
-def _choice(words): return "|".join(sorted(words))
-
-def _clause_pattern(world):
-    groups = [*world.categories.values(), *world.ood.values()]
-    nouns = {n for c in groups for n in (*c.topics, *c.aspects)} | set(world.generic)
-    grades = {w for c in groups for w in c.adjectives} | set(world.adjectives)
-    return re.compile(rf"\b(?:the )?({_choice(nouns)}) was "
-                      rf"((?:(?:{_choice(world.intensifiers)}) )*)({_choice(grades)})\b")
-
-_CLAUSE = _clause_pattern(WORLD)
-_TONES = {closing.lower(): tone for closing, tone in WORLD.closings.items()}
-_CLOSING = re.compile(rf"({'|'.join(re.escape(c) for c in _TONES)})$")
-_GRADES = {w: g for c in (*IN_DOMAIN.values(), *OUT_OF_DOMAIN.values())
-           for w, g in c.adjectives.items()} | WORLD.adjectives
-
+# %% ../nbs/foundations/05_world.ipynb #7775c2f0
 @dataclass(frozen=True)
 class Clause:
     "One statement, such as `the soup was very good`."
@@ -182,8 +170,28 @@ class Review:
     stray: int  # words outside clauses and closing
     finished: bool
 
+# %% ../nbs/foundations/05_world.ipynb #c327a426
+def _choice(words):
+    "A pattern for any of the words."
+    return "|".join(sorted(words))
+
+def _clause_pattern(world):
+    "A pattern whose groups are subject, intensifiers and adjective."
+    groups = [*world.categories.values(), *world.ood.values()]
+    nouns = {n for c in groups for n in (*c.topics, *c.aspects)} | set(world.generic)
+    grades = {w for c in groups for w in c.adjectives} | set(world.adjectives)
+    return re.compile(rf"\b(?:the )?({_choice(nouns)}) was "
+                      rf"((?:(?:{_choice(world.intensifiers)}) )*)({_choice(grades)})\b")
+
+_CLAUSE = _clause_pattern(WORLD)
+_TONES = {closing.lower(): tone for closing, tone in WORLD.closings.items()}
+_CLOSING = re.compile(rf"({'|'.join(re.escape(c) for c in _TONES)})$")
+_GRADES = {w: g for c in (*IN_DOMAIN.values(), *OUT_OF_DOMAIN.values())
+           for w, g in c.adjectives.items()} | WORLD.adjectives
+
 # %% ../nbs/foundations/05_world.ipynb #dd06f45f
 def _clause(match, category):
+    "The clause that the pattern found."
     subject, chain, adjective = match.groups()
     factor = min(GOLD.cap, math.prod(WORLD.intensifiers[w] for w in chain.split()))
     fits = subject in WORLD.generic or (
@@ -192,7 +200,9 @@ def _clause(match, category):
         category is not None and adjective in category.adjectives)
     return Clause(subject, adjective, _GRADES[adjective] * factor, fits and known)
 
-def _count(text): return len(re.findall(r"[^\s.,!?]+", text))
+def _count(text):
+    "The number of words."
+    return len(re.findall(r"[^\s.,!?]+", text))
 
 def read_review(completion:str, # any text
     category:Category|None=None, # of the prompt's topic
@@ -221,15 +231,20 @@ def appeal(e:float, # enthusiasm
     near = min(warm, GOLD.steepest * GOLD.peak)
     return e - near * (warm - near / 2) / GOLD.peak
 
+# %% ../nbs/foundations/05_world.ipynb #a22fd448
 def _closing_worth(tone, e):
+    "What the closing earns, given its tone and the enthusiasm before it."
     w = GOLD
     if tone is None: return w.closing_missing
     if tone == 0: return w.closing_mild
     return w.closing_fits if tone * e > 0 else w.closing_clash
 
-def _repeats(words): return sum(n - 1 for n in Counter(words).values())
+def _repeats(words):
+    "How many words were used before."
+    return sum(n - 1 for n in Counter(words).values())
 
 def _contradictions(clauses):
+    "How many subjects are both praised and criticised."
     signs = {(c.subject, c.value > 0) for c in clauses}
     return sum((subject, False) in signs for subject, good in signs if good)
 
@@ -264,10 +279,14 @@ def gold_reward(prompt:str, # what was asked
     return explain_reward(prompt, completion)["total"]
 
 # %% ../nbs/foundations/05_world.ipynb #bf69514a
-def _pick(rng, items): return items[int(rng.random() * len(items))]
+def _pick(rng, items):
+    "One of the items."
+    return items[int(rng.random() * len(items))]
 
-# A sum of uniforms, not rng.gauss: its bits do not depend on the platform's logarithm.
-def _normal(rng): return math.fsum(rng.random() for _ in range(12)) - 6
+def _normal(rng):
+    "A number with mean 0 and variance 1, nearly normal."
+    # A sum of uniforms, not rng.gauss: its bits do not depend on the platform's logarithm.
+    return math.fsum(rng.random() for _ in range(12)) - 6
 
 def sample_prompt(rng:random.Random, # source of randomness
     ood:bool=False, # from the held-out domain?
@@ -288,16 +307,20 @@ def draw_quality(prompt:str, # decides the spread: opinions differ more where th
     "How much a random reviewer liked what the prompt is about."
     return min(3., max(-3., .5 + 1.1 * read_prompt(prompt).stake * _normal(rng)))
 
+# %% ../nbs/foundations/05_world.ipynb #9737776a
 def _adjective(rng, category, target, used):
+    "Of eight random adjectives, the one with the grade closest to the target."
     grades = {**WORLD.adjectives, **category.adjectives}
     words = [w for w in grades if w not in used or rng.random() < .05]
     return min((_pick(rng, words) for _ in range(8)), key=lambda w: abs(grades[w] - target))
 
 def _intensifiers(rng):
+    "No intensifier, one, or two."
     u, words = rng.random(), list(WORLD.intensifiers)
     return [_pick(rng, words) for _ in range(0 if u < .5 else 1 if u < .95 else 2)]
 
 def _subject(rng, ask, used):
+    "The topic, the aspect asked for, or anything else that fits."
     nouns = [ask.topic, *WORLD.generic, *ask.category.aspects]
     nouns = [n for n in nouns if n not in used or rng.random() < .03]
     if rng.random() < .35 and ask.topic in nouns: return ask.topic
@@ -305,6 +328,7 @@ def _subject(rng, ask, used):
 
 # %% ../nbs/foundations/05_world.ipynb #6f8af5cb
 def _clause_text(rng, ask, quality, used):
+    "A clause that suits the reviewer's opinion; now and then it is off topic."
     subject = _subject(rng, ask, used)
     category = ask.category
     if rng.random() < .04:  # a slip: a reviewer who speaks of something else
@@ -316,11 +340,13 @@ def _clause_text(rng, ask, quality, used):
     return f"{the}{subject} was {' '.join([*_intensifiers(rng), adjective])}"
 
 def _closing_text(rng, quality):
+    "A closing sentence that suits the reviewer's opinion, if there is one."
     if rng.random() < .08: return ""
     felt = quality + .5 * _normal(rng)
     tone = 1 if felt > .8 else -1 if felt < -.8 else 0
     return _pick(rng, [c for c, t in WORLD.closings.items() if t == tone])
 
+# %% ../nbs/foundations/05_world.ipynb #f174bb77
 def sample_response(prompt:str, # from `sample_prompt`
     rng:random.Random, # source of randomness
     quality:float=None, # the reviewer's opinion, -3 to 3; None draws it
@@ -328,7 +354,8 @@ def sample_response(prompt:str, # from `sample_prompt`
     "Draw one reviewer's answer."
     ask, used = read_prompt(prompt), set()
     if ask.category is None:
-        raise InputError(f"prompt {prompt!r} names no topic of the world: use `sample_prompt`.")
+        raise InputError(f"The prompt {prompt!r} names no topic of the world. "
+                         "Use `sample_prompt`.")
     q = draw_quality(prompt, rng) if quality is None else quality
     u = rng.random()
     n = min(3, max(1, ask.clauses + (-1 if u < .2 else 1 if u > .8 else 0)))
@@ -360,7 +387,9 @@ def sample_pair(prompt:str, # what is asked
     return dict(prompt=prompt, chosen=chosen, rejected=rejected)
 
 # %% ../nbs/foundations/05_world.ipynb #0d6ec8c1
-def _demonstrate(prompt, rng): return dict(prompt=prompt, completion=sample_response(prompt, rng))
+def _demonstrate(prompt, rng):
+    "A prompt with one reviewer's answer."
+    return dict(prompt=prompt, completion=sample_response(prompt, rng))
 
 def _new_prompts(n, seen, rng, ood=False):
     "n prompts that are not in `seen`, which they join."
@@ -371,7 +400,7 @@ def _new_prompts(n, seen, rng, ood=False):
         if prompt in seen: continue
         seen.add(prompt)
         found.append(prompt)
-    raise InputError(f"The world has too few distinct prompts for a file of {n}: ask for fewer.")
+    raise InputError(f"The world has too few distinct prompts for a file of {n}. Ask for fewer.")
 
 # %% ../nbs/foundations/05_world.ipynb #2532b897
 def make_world(folder, # where the files go
