@@ -388,8 +388,7 @@ import json, os, sys, torch
 torch.set_num_threads(1)
 from datasets import Dataset
 from vcb_nb.calibrate import CalibrationConfig, CalibrationTrainer
-from vcb_nb.loading import load_policy
-from vcb_nb.loading import load_tokenizer
+from vcb_nb.loading import load_policy, load_tokenizer
 sft, folder, size, accumulate, reference = sys.argv[1:]
 rows = [json.loads(line) for line in open(os.path.join(folder, "rows.jsonl"))]
 args = CalibrationConfig(

@@ -159,7 +159,7 @@ def test_numbers_come_from_the_sampled_ids(world, evaluated):
 def test_second_call_computes_nothing(world, evaluated, monkeypatch):
     out, summary = evaluated
     before = stamps(out/"samples")
-    monkeypatch.setattr("vcb_nb.evaluate.load_policy", None) # any use would raise
+    monkeypatch.setattr("vcb_nb.evaluate.PolicyJudge", None) # any use would raise
     monkeypatch.setattr("vcb_nb.evaluate.load_judge", None)
     assert evaluate(config_of(world, out)) == summary
     assert stamps(out/"samples") == before

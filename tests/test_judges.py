@@ -6,7 +6,7 @@ import torch
 from tiny_models import base, tokenizer # noqa: F401: fixtures
 
 from vcb_nb.artifacts import InputError
-from vcb_nb.judges import (checked_numbers, encode_rows, function_judge, load_judge, reward_scores,
+from vcb_nb.judges import (checked_numbers, encode_rows, FunctionJudge, load_judge, reward_scores,
                            row_place)
 from vcb_nb.loading import new_reward_model
 
@@ -31,14 +31,14 @@ def test_a_batched_function_gets_two_lists():
     def lengths(prompts, completions): return [len(p + c) for p, c in zip(prompts, completions)]
     lengths.batched = True
     rows = [{"prompt": "a", "completions": ["b", "cd"]}, {"prompt": "e", "completions": ["fgh"]}]
-    assert function_judge(lengths)(rows) == [[2, 3], [4]]
+    assert FunctionJudge(lengths)(rows) == [[2, 3], [4]]
 
 
 def test_a_batched_function_that_loses_one_is_told():
     def one_short(prompts, completions): return [0.] * (len(prompts) - 1)
     one_short.batched = True
     with pytest.raises(InputError, match="1 numbers for 2"):
-        function_judge(one_short)([{"prompt": "a", "completions": ["b", "c"]}])
+        FunctionJudge(one_short)([{"prompt": "a", "completions": ["b", "c"]}])
 
 
 def test_the_ending_is_part_of_what_is_scored(base, tokenizer):

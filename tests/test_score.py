@@ -9,7 +9,7 @@ from datasets import load_dataset
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.data import candidates_to_pairs, load_candidates, train_tokenizer
-from vcb_nb.judges import load_judge, reward_scores
+from vcb_nb.judges import FunctionJudge, PolicyJudge, load_judge, reward_scores
 from vcb_nb.loading import load_reward_model, new_reward_model
 from vcb_nb.losses import reward_sigma
 from vcb_nb.models import new_policy
@@ -232,15 +232,16 @@ def test_one_number_per_completion(config):
 @pytest.mark.parametrize("value", [True, 3, torch.tensor(2.5), torch.tensor([1.5])])
 def test_what_counts_as_a_number(value):
     rows = [{"prompt": "p", "completions": ["c"]}]
-    assert score_rows(rows, lambda rows: [[value]])[0]["rewards"] == [float(value)]
+    judge = FunctionJudge(lambda prompt, completion: value)
+    assert score_rows(rows, judge)[0]["rewards"] == [float(value)]
 
 
 def test_nan_weights_are_named(folders, tiny_tokenizer):
     "Pitfall 25: a reference that gives NaN is found here, not in training."
     model, rows = tiny(tiny_tokenizer), load_candidates(str(folders[0]/"candidates")).to_list()
     with torch.no_grad(): next(model.parameters()).fill_(math.nan)
-    with pytest.raises(InputError, match="Prompt row 0 .*reference log-probability is nan"):
-        score_rows(rows, lambda rows: [[1.] * 5 for _ in rows], model)
+    with pytest.raises(InputError, match="Prompt row 0 .*the log-probability is nan"):
+        score_rows(rows, FunctionJudge(lambda prompt, completion: 1.), PolicyJudge(model))
 
 
 # ---- other sources

@@ -8,8 +8,8 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/data.html.md"""
 __all__ = ['log', 'COLUMN_TYPES', 'IN_MEMORY', 'ASSISTANT', 'HUMAN', 'TLDR', 'DEMONSTRATION_FORMATS', 'PROMPT_FORMATS',
            'PER_CANDIDATE', 'EOS', 'PAD', 'PAIR_MODES', 'load_rows', 'split_dialogue', 'load_pairs',
            'load_demonstrations', 'load_prompts', 'load_texts', 'load_candidates', 'train_tokenizer', 'encode_prompt',
-           'encode_prompts', 'encode_completion', 'attach_ids', 'check_stored_ids', 'candidates_to_pairs',
-           'pairs_to_candidates']
+           'encode_prompts', 'encode_completion', 'attach_ids', 'check_stored_ids', 'candidate_parts',
+           'candidates_to_pairs', 'pairs_to_candidates']
 
 # %% ../nbs/foundations/04_data.ipynb #c1c65889
 import gzip, json, logging, re, zlib
@@ -601,6 +601,28 @@ def check_stored_ids(dataset, # candidate rows
         raise InputError(f"{source}: the stored token ids do not come from the tokenizer of "
                          f"{model}, which reads {other[0][0][:30]!r} for {other[0][1][:30]!r}. "
                          "Give the policy that the candidates come from.")
+
+# %% ../nbs/foundations/04_data.ipynb #eced833d
+def candidate_parts(config, # of the score stage
+                    tokenizer=None, # the reference's; None: make no ids
+                   )->tuple: # number of parts, part -> rows, counts of what was dropped
+    "The candidates as parts of rows with token ids."
+    found = _locate(config.candidates)[1] if Path(config.candidates).is_dir() else None
+    parts = found if isinstance(found, list) else []
+    dataset, dropped = load_candidates(str(parts[0]) if parts else config.candidates), {}
+    if tokenizer is not None:
+        check_stored_ids(dataset, tokenizer, config.reference, config.candidates)
+    if parts and "completion_ids" in dataset.column_names:
+        return len(parts), lambda i: load_candidates(str(parts[i])).to_list(), dropped
+    if parts: dataset = load_candidates(config.candidates)
+    if "index" not in dataset.column_names:
+        dataset = dataset.add_column("index", list(range(len(dataset))))
+    if tokenizer is not None:
+        dataset, dropped = attach_ids(dataset, tokenizer, config.max_prompt_length,
+                                      config.max_completion_length)
+    size = config.shard_size
+    def load(i): return dataset.select(range(i*size, min((i + 1)*size, len(dataset)))).to_list()
+    return math.ceil(len(dataset) / size), load, dropped
 
 # %% ../nbs/foundations/04_data.ipynb #d45da5f5
 PAIR_MODES = ("all", "best_worst", "best_of_rest")

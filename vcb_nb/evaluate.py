@@ -18,16 +18,15 @@ import numpy as np
 import torch
 
 from .artifacts import InputError, did_you_mean, fingerprint, read_json, write_json
-from .data import attach_ids, load_candidates, load_rows
-from .judges import checked_numbers, load_judge
-from .loading import as_dtype, check_same_tokenizer, load_policy, load_tokenizer, pick_device
-from .logprobs import score_logps
+from .data import attach_ids, load_candidates
+from .judges import PolicyJudge, load_judge
+from .loading import as_dtype, check_same_tokenizer, load_tokenizer, pick_device
 from .measures import (calibration, distinct_n, distinct_share, estimate, kl_estimates,
                              margin, win_tie_lose)
 from .sample import SampleConfig, sample
 from .settings import (REQUIRED, check_least, check_required, config_key, is_function,
                              load_function, option, source_key)
-from .shards import list_parts, rank_and_world
+from .shards import rank_and_world, read_parts
 
 log = logging.getLogger(__name__)
 
@@ -118,17 +117,15 @@ def source_mark(source:str)->str: # twelve hexadecimal digits
 def add_column(tables:list, # of CompletionTable
                name:str, # key in their `columns`
                file:str, # name of the cache file; it says what the values depend on
-               load, # () → model; called only where a column is missing
-               compute, # (model, CompletionTable) → [P][n]
+               load, # () → a judge; called only where a column is missing
               )->None:
-    "Add a column to every table: from its file, or computed with the model loaded once."
+    "Add a column to every table: from its file, or from a judge that is loaded once."
     found = [_stored(t, file) for t in tables]
     missing = [t for t, values in zip(tables, found) if values is None]
     if missing:
-        model = load()
-        for t in missing:
-            write_json(t.folder/file, checked_numbers(compute(model, t), t.rows, name))
-        del model
+        judge = load()
+        for t in missing: write_json(t.folder/file, judge(t.rows))
+        del judge
         _free()
     for t in tables: t.columns[name] = read_json(t.folder/file)
 
@@ -149,23 +146,21 @@ def _free()->None:
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 # %% ../nbs/stages/08_evaluate.ipynb #9638fcc6
+def _place(config)->dict:
+    "Where and how models are run."
+    return dict(dtype=config.dtype, device=config.device, batch_tokens=config.batch_tokens)
+
 def add_logps(tables:list, name:str, path:str, mark:str, config)->None:
     "Column `name`: log π(completion | prompt) under the model at `path`, temperature 1, nats."
-    def load(): return load_policy(path, dtype=config.dtype, device=config.device)
-    def compute(model, table):
-        return score_logps(model, table.get("prompt_ids"), table.get("completion_ids"),
-                           batch_tokens=config.batch_tokens)
-    add_column(tables, name, f"logps-{mark}.json", load, compute)
+    add_column(tables, name, f"logps-{mark}.json", lambda: PolicyJudge(path, **_place(config)))
 
 def add_rewards(tables:list, name:str, judge:str, config)->None:
     "Column `name`: what a reward model folder or a 'module:function' gives."
     tokenizer = load_tokenizer(config.reference)
-    options = dict(dtype=config.dtype, device=config.device, batch_tokens=config.batch_tokens)
     lengths = dict(max_prompt_length=config.max_prompt_length,
                    max_completion_length=config.max_new_tokens)
-    def load(): return load_judge(judge, tokenizer, **options, **lengths)
-    def compute(judge, table): return judge(table.rows)
-    add_column(tables, name, f"{name}-{source_mark(judge)}.json", load, compute)
+    add_column(tables, name, f"{name}-{source_mark(judge)}.json",
+               lambda: load_judge(judge, tokenizer, **_place(config), **lengths))
 
 # %% ../nbs/stages/08_evaluate.ipynb #e11a4a67
 SAMPLING = ("n", "temperature", "top_p", "top_k", "max_prompt_length", "max_new_tokens", "limit",
@@ -187,7 +182,7 @@ def sample_policy(name:str, split:str, prompts:str, config)->Path:
 
 def read_table(folder:Path)->CompletionTable:
     "The samples in a folder; refused while parts are missing."
-    rows = [row for part in list_parts(folder) for row in load_rows(str(part))]
+    rows = read_parts(folder)
     return CompletionTable(folder, rows)
 
 # %% ../nbs/stages/08_evaluate.ipynb #6d27dace

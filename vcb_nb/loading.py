@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .artifacts import InputError, reason
 from .models import disable_dropout, random_model
-from .tokenizers import same_tokenizer, separate_padding, spare_token
+from .tokenizers import same_tokenizer, separate_pad_id, separate_padding
 
 
 # %% ../nbs/foundations/10_loading.ipynb #34e09acb
@@ -273,35 +273,6 @@ def _merge_adapter(path, folder:Path, **kwargs):
                          "Give the folder of a merged model.") from None
     return _origin(model, path)
 
-# %% ../nbs/foundations/10_loading.ipynb #7a50087d
-def _separate_pad_id(model, tokenizer, preferred):
-    "Set the reward model's padding id to one that no text contains."
-    pad_id = _distinct_pad_id(model, tokenizer, preferred)
-    model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_id
-    return model
-
-def _distinct_pad_id(model, tokenizer, preferred)->int:
-    "An id for padding that no text contains; the embedding grows by a row where there is none."
-    rows, ends = model.get_input_embeddings().num_embeddings, _end_ids(model.config, tokenizer)
-    candidates = [preferred]
-    if tokenizer is not None:
-        beyond = max(tokenizer.get_vocab().values()) + 1
-        special = set(tokenizer.all_special_ids) | {
-            i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        candidates = [i for i in candidates if i in special or (i is not None and i >= beyond)]
-        candidates += [spare_token(tokenizer), beyond]
-    found = next((i for i in candidates if i is not None and i not in ends and 0 <= i < rows), None)
-    if found is None:
-        model.resize_token_embeddings(rows + 1)
-        found = rows
-    return found
-
-def _end_ids(config, tokenizer=None)->set:
-    "Every id that may end a text, by the config or the tokenizer."
-    ends = config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    return ends | {getattr(tokenizer, "eos_token_id", None)}
-
 # %% ../nbs/foundations/10_loading.ipynb #f6aa297c
 def new_reward_model(policy_path, # SFT folder or Hub name; an adapter is merged
                      tokenizer, # the policy's
@@ -316,7 +287,7 @@ def new_reward_model(policy_path, # SFT folder or Hub name; an adapter is merged
     model = random_model(AutoModelForSequenceClassification, config, seed, attention, policy.dtype)
     model.base_model.load_state_dict(policy.base_model.state_dict())
     model = disable_dropout(_origin(model, policy_path)).to(policy.device)
-    return _separate_pad_id(model, tokenizer, tokenizer.pad_token_id)
+    return separate_pad_id(model, tokenizer, tokenizer.pad_token_id)
 
 # %% ../nbs/foundations/10_loading.ipynb #410422ee
 def load_reward_model(path, # folder or Hub name
@@ -335,7 +306,7 @@ def load_reward_model(path, # folder or Hub name
     model = _read_model(AutoModelForSequenceClassification, path, folder, config, as_dtype(dtype),
                         attn_implementation=attn_implementation)
     tokenizer = load_tokenizer(path) if has_tokenizer(folder) else None
-    model = disable_dropout(_separate_pad_id(model, tokenizer, config.pad_token_id))
+    model = disable_dropout(separate_pad_id(model, tokenizer, config.pad_token_id))
     return model if device is None else model.to(pick_device(str(device)))
 
 def _check_one_score(path, config):
