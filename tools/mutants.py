@@ -112,7 +112,7 @@ MUTANTS = [Mutant(*row) for row in [
     ("a live reference is trusted with the policy's ids", "calibrate",
      "for reader in filter(None, (model, reference)):", "for reader in (model,):",
      "test_calibrate.py -k live_reference_with_fewer", 0),
-    ("dropout on while scoring", "models", '    model.eval()\n', "",
+    ("dropout on while scoring", "batches", '    model.eval()\n', "",
      "test_sample.py -k dropout_is_off", 7),
     ("pickled weights alone are no reason", "loading", '    if any(folder.glob(weights)): return\n',
      '    return\n', "test_loading.py test_security.py -k pickle", 0),

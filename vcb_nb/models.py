@@ -1,4 +1,4 @@
-"""Make a policy, choose its device and precision, and ask what it can do; log-ratios start at exactly 0.
+"""A policy of any architecture, with its dropout off: log-ratios start at exactly 0.
 
 Docs: https://vcb-nb.github.io/vcb_nb/foundations/models.html.md"""
 
