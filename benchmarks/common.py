@@ -2,7 +2,7 @@
 import copy, ctypes, datetime, gc, json, os, platform, random, statistics, subprocess, sys, time
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,6 @@ from vcb_nb.artifacts import InputError, did_you_mean
 from vcb_nb.logprobs import score_logps
 from vcb_nb.loading import as_dtype
 from vcb_nb.models import new_policy
-from vcb_nb.settings import option
 
 # layers, hidden size and heads; their vocabulary has 50304 entries
 PYTHIA = {"pythia-160m": (12, 768, 12), "pythia-410m": (24, 1024, 16),
@@ -28,6 +27,11 @@ TUNED = {"MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_MMAP_THRESHOLD_": str(2**
 
 
 # --- settings -------------------------------------------------------------------------------
+
+def option(default, help:str):
+    "A setting, with the sentence that HfArgumentParser shows."
+    return field(default=default, metadata={"help": help})
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -310,7 +310,7 @@ def test_unfinished_candidates_are_refused(config, folders, tmp_path):
     import shutil
     shutil.copytree(folders[0]/"candidates", tmp_path/"cut")
     list_parts(tmp_path/"cut")[1].unlink()
-    with pytest.raises(InputError, match="3 of 4 parts"):
+    with pytest.raises(InputError, match="3 of 4 shards"):
         score(replace(config, candidates=str(tmp_path/"cut")))
 
 
@@ -322,7 +322,8 @@ def test_other_settings_are_refused(config, folders):
     part = folders[0]/"candidates"/"data"/"part-00001-of-00004.jsonl"
     changes = dict(reward="test_score:same", reference=None, dtype="bfloat16", candidates=str(part))
     for name, value in changes.items():
-        with pytest.raises(InputError, match=f"{name} was"): score(replace(config, **{name: value}))
+        with pytest.raises(InputError, match=f"{name}: "):
+            score(replace(config, **{name: value}))
 
 
 def test_a_changed_reward_function_is_noticed(config, tmp_path, monkeypatch):
@@ -333,7 +334,7 @@ def test_a_changed_reward_function_is_noticed(config, tmp_path, monkeypatch):
     config = replace(config, reward="changing_reward:f")
     score(config)
     module.write_text("def f(prompt, completion): return 2.\n")
-    with pytest.raises(InputError, match="reward_source was"): score(config)
+    with pytest.raises(InputError, match="reward: different content"): score(config)
 
 
 def test_two_processes_leave_what_one_leaves(config, tmp_path):

@@ -148,9 +148,12 @@ def test_the_flag_ends_with_its_command(custom):
     assert not marker.exists()
 
 
-def test_the_flag_takes_no_value(capsys):
-    assert main(["run", "--trust_remote_code", "demo"]) == 2
-    assert "Put the option last" in capsys.readouterr().err
+def test_the_flag_swallows_nothing(capsys):
+    "It is yes or no, and a recipe's name behind it stays the recipe's name."
+    assert main(["run", "--trust_remote_code", "demo", "--upto", "smaple"]) == 2
+    assert "no stage 'smaple'" in capsys.readouterr().err
+    assert main(["run", "demo", "--trust_remote_code=perhaps"]) == 2
+    assert "'perhaps' is not yes or no" in capsys.readouterr().err
 
 
 # --- recipes --------------------------------------------------------------------------------

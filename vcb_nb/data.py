@@ -12,7 +12,7 @@ __all__ = ['log', 'COLUMN_TYPES', 'IN_MEMORY', 'ASSISTANT', 'HUMAN', 'TLDR', 'DE
            'candidates_to_pairs', 'pairs_to_candidates']
 
 # %% ../nbs/foundations/04_data.ipynb #c1c65889
-import gzip, json, logging, re, zlib
+import gzip, json, logging, math, re, zlib
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
