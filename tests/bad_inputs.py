@@ -372,7 +372,7 @@ MODELS = [
     Case("diagnosed policy of another tokenizer", "diagnose", {"policy": "{stranger}"},
          ("stranger", "different tokenizers")),
     Case("longer than the model reads", "sft", {"max_length": 512},
-         ("max_length is 512", "reads 96", "Set max_length: 96")),
+         ("max_length is 512", "reads at most 96", "Set max_length: 96")),
 ]
 
 
@@ -422,7 +422,7 @@ VALUES = [
     value("calibrate", "peft_config", {"target_modules": ["nowhere"]}, "nowhere"),
     value("calibrate", "max_completion_length", 0, "1 or more"),
     value("sft", "objective", "complete", "Did you mean 'completion'?"),
-    value("sft", "max_prompt_length", 64, "leaves no room", "Lower"),
+    value("sft", "max_prompt_length", 64, "leaves no room", "below max_length"),
     value("sft", "dtype", "float31", "Choose one of float32, fp32, bfloat16, bf16"),
     value("sft", "report_to", "tensorbord", "Did you mean 'tensorboard'?"),
     value("sft", "optim", "adamw_troch", "Did you mean 'adamw_torch'?"),

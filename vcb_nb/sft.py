@@ -1,4 +1,4 @@
-"""The policy that everything later is measured against: next-token loss on demonstrations, the prompt left out.
+"""The policy that everything later is measured against: a next-token loss on the responses of demonstrations.
 
 Docs: https://vcb-nb.github.io/vcb_nb/stages/sft.html.md"""
 
@@ -35,10 +35,10 @@ OBJECTIVES = ("completion", "text")
 
 # %% ../nbs/stages/02_sft.ipynb #1cd9382d
 def encode_demonstration(tokenizer, prompt:str, completion:str,
-                         max_prompt_length:int, # tokens; the prompt's beginning is cut
-                         max_length:int, # tokens of both; the completion's end is cut
+                         max_prompt_length:int, # tokens; longer prompts are cut at the start
+                         max_length:int, # tokens of both; the completion is cut at the end
                         )->dict: # input_ids, prompt_length, length, finished
-    "One training row. A completion that is cut gets no EOS: nobody ended it there."
+    "One training row. A completion that is cut gets no EOS, because it does not end there."
     prompt_ids = encode_prompt(tokenizer, prompt, max_prompt_length)
     ids, finished = encode_completion(tokenizer, completion, True, max_length - len(prompt_ids))
     return dict(input_ids=prompt_ids + ids, prompt_length=len(prompt_ids),
@@ -46,7 +46,7 @@ def encode_demonstration(tokenizer, prompt:str, completion:str,
 
 # %% ../nbs/stages/02_sft.ipynb #f91d9ee4
 def collate_rows(rows:list, # dicts with input_ids and prompt_length
-                 pad_id:int, # fills the right; never decides what is masked
+                 pad_id:int, # pads on the right; never decides what is masked
                 )->dict: # input_ids, attention_mask, labels [rows, longest], long
     "Pad a batch on the right. Labels are -100 on prompt, padding, and a row's first token."
     ids, mask = pad_rows([row["input_ids"] for row in rows], pad_id)
@@ -58,7 +58,7 @@ def collate_rows(rows:list, # dicts with input_ids and prompt_length
 def pack_texts(tokenizer, texts, # iterable of str
                max_length:int, # tokens of a block
               )->list: # arrays of token ids; the last may be shorter
-    "Lay documents end to end, EOS behind each, and cut the stream into blocks."
+    "Concatenate documents, with EOS after each, and cut the stream into blocks."
     documents = [np.asarray(encode_completion(tokenizer, text, True)[0], dtype=np.int32)
                  for text in texts if text]
     stream = np.concatenate(documents) if documents else np.zeros(0, np.int32)
@@ -79,16 +79,16 @@ class SFTConfig(TrainingDefaults):
     dtype: str = option("float32",
         "Type of the weights. Mixed precision comes from bf16: true, on float32 weights.")
     tokenizer: str | None = option(None, "Folder or hub name. None takes the model's.",
-                                     source=True)
+                                   source=True)
     data: str = option(REQUIRED,
         "Demonstrations (prompt and completion) or texts: a file, a folder, or a hub name.",
         source=True)
     objective: str = option("completion",
         "'completion': loss on the responses only; 'text': loss on every token of plain text.")
-    max_prompt_length: int = option(512, "Tokens kept of a prompt, from its end.")
-    max_length: int = option(1024, "Tokens of prompt and completion, or of a text block.")
+    max_prompt_length: int = option(512, "Tokens of a prompt; longer ones are cut at the start.")
+    max_length: int = option(1024, "Tokens of prompt and completion together, or of a text block.")
     eval_data: str | None = option(None, "Held-out data. None takes eval_share of data.",
-                                     source=True)
+                                   source=True)
     eval_share: float = option(.05, "Share of data that is held out; 0 holds out none.")
     peft_config: dict | None = option(None,
         "LoRA settings (r, lora_alpha, target_modules, …). None trains all weights.")
@@ -106,11 +106,11 @@ class SFTConfig(TrainingDefaults):
         as_dtype(self.dtype)
         if self.model is None: check_architecture(self.architecture, self.model_config or ())
         if self.model is None and self.tokenizer is None:
-            raise InputError("Neither model nor tokenizer is set. A new model needs a "
-                             "tokenizer: name one.")
+            raise InputError("Neither model nor tokenizer is set. Name a tokenizer for the new "
+                             "model, or a model to start from.")
         if self.objective == "completion" and self.max_prompt_length >= self.max_length:
-            raise InputError(f"max_prompt_length ({self.max_prompt_length}) leaves no room for a "
-                             f"completion in max_length ({self.max_length}). Lower the first.")
+            raise InputError(f"max_prompt_length {self.max_prompt_length} leaves no room for a "
+                             f"completion. Set it below max_length, which is {self.max_length}.")
         super().__post_init__()
 
 # %% ../nbs/stages/02_sft.ipynb #47446560
@@ -123,8 +123,8 @@ def _make_model(config:SFTConfig):
     else: model = match_tokenizer(load_policy(str(config.model), dtype=config.dtype), tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and config.max_length > limit:
-        raise InputError(f"max_length is {config.max_length}, the model reads {limit} tokens. "
-                         f"Set max_length: {limit}.")
+        raise InputError(f"max_length is {config.max_length}, but the model reads at most {limit} "
+                         f"tokens. Set max_length: {limit}.")
     return add_lora(model, config.peft_config), tokenizer
 
 # %% ../nbs/stages/02_sft.ipynb #063707bd
@@ -142,12 +142,12 @@ def _encode_blocks(dataset, tokenizer, config:SFTConfig)->Dataset: # the same co
 
 # %% ../nbs/stages/02_sft.ipynb #c1435977
 def sft_datasets(config:SFTConfig, tokenizer)->tuple: # (training rows, held-out rows or None)
-    "Load, split by prompt (or document), and encode. A single text is split by blocks."
+    "Load, split by prompt (or document), and encode. A single document is split by blocks."
     load, encode, group = {"completion": (load_demonstrations, _encode_rows, "prompt"),
                            "text": (load_texts, _encode_blocks, "text")}[config.objective]
     source = load(str(config.data))
     if group == "text" and not any(source["text"]):
-        raise InputError(f"{config.data}: no text in any of {len(source)} rows. Look at the file.")
+        raise InputError(f"{config.data}: no text in any of {len(source)} rows. Check the file.")
     if config.eval_data: parts = source, load(str(config.eval_data))
     elif group == "text" and len(source) < 2:
         blocks = encode(source, tokenizer, config)
@@ -180,16 +180,16 @@ def sft_trainer(config:SFTConfig, model, tokenizer, train, held_out=None, **kwar
 
 # %% ../nbs/stages/02_sft.ipynb #0d3dcd97
 def _loss_tokens(rows)->int:
-    "Tokens of the rows that carry a loss."
+    "How many tokens of the rows carry a loss."
     return sum(n - max(1, p) for n, p in zip(rows["length"], rows["prompt_length"]))
 
 def _dropped(config:SFTConfig)->int:
-    "Rows of the file that hold no demonstration."
+    "How many rows of the file are not a demonstration."
     if config.objective == "text": return 0
     return len(load_rows(str(config.data))) - len(load_demonstrations(str(config.data)))
 
 def train_sft(config:SFTConfig)->dict: # train_loss, eval_loss (nats per token), tokens, …
-    "Run the stage. Leaves `output_dir/model` and `training_log.jsonl`; continues a killed run."
+    "Run the stage: write `output_dir/model` and `training_log.jsonl`. Resumes a killed run."
     set_seed(config.seed)
     model, tokenizer = _make_model(config)
     train, held_out = sft_datasets(config, tokenizer)
