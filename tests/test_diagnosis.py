@@ -97,7 +97,7 @@ def test_foreign_ids_are_made_anew(world, tmp_path, caplog):
     found, expected = (diagnosis(world/"policy", world/"sft", tmp_path/f"{name}.jsonl",
                                  tmp_path/name)
                        for name in ("foreign", "plain"))
-    assert found["slope"] == expected["slope"] and "tokenised anew" in caplog.text
+    assert found["slope"] == expected["slope"] and "tokenised again" in caplog.text
 
 
 def test_diagnose_real_candidates(world, shared_data, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .artifacts import atomic_write, write_json
-from .evaluate import (CompletionTable, _Scoring, add_logps, add_rewards, calibrate_table,
+from .evaluate import (CompletionTable, ScoringConfig, add_logps, add_rewards, calibrate_table,
                              candidate_table, source_mark)
 from .figures import figure_bytes, plot_diagnosis
 from .loading import check_same_tokenizer, load_tokenizer
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 # %% ../nbs/stages/09_diagnosis.ipynb #8e74256b
 @dataclass
-class DiagnoseConfig(_Scoring):
+class DiagnoseConfig(ScoringConfig):
     "Two models and scored candidates."
     policy: str = option(REQUIRED, "The trained model: folder, adapter folder or hub name.",
                          source=True)
