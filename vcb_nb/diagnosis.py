@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from .artifacts import atomic_write, write_json
-from .evaluate import (CompletionTable, ScoringConfig, add_logps, add_rewards, calibrate_table,
-                             candidate_table, source_mark)
+from .evaluate import (CompletionTable, ScoringConfig, add_logps, add_rewards,
+                             calibrate_table, candidate_table, source_mark)
 from .figures import figure_bytes, plot_diagnosis
 from .loading import check_same_tokenizer, load_tokenizer
 from .measures import SIGMAS, TWO_CANDIDATES, estimate_text
