@@ -26,7 +26,7 @@ outputs: $(READY)  ## run a notebook and store its outputs: make outputs NB=nbs/
 
 docs: $(READY)  ## the documentation site (needs Quarto)
 	@command -v quarto >/dev/null || { echo "The site needs Quarto: https://quarto.org/docs/get-started/"; exit 1; }
-	$(BIN)/nbdev-docs
+	PYTHONPATH=. $(BIN)/nbdev-docs
 
 site-preview: $(READY)  ## the same pages, without Quarto and without a network, in _preview/
 	@$(BIN)/python tools/site_preview.py _preview

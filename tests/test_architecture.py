@@ -1,5 +1,5 @@
 "The house rules that hold for every module: directions of imports, and what they leave out."
-import ast, subprocess, sys
+import ast, importlib, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +104,9 @@ def test_the_face_is_lazy_and_whole():
     for name in vcb_nb.__all__: assert getattr(vcb_nb, name) is not None
     assert set(vcb_nb.__all__) <= set(dir(vcb_nb))
     with pytest.raises(AttributeError, match="has no attribute 'DPOTrainer'"): vcb_nb.DPOTrainer
+
+
+def test_the_public_interface_stays_small():
+    "What a module offers in `__all__`, over all modules: what users meet on the site."
+    offered = {name: importlib.import_module(f"vcb_nb.{name}").__all__ for name in MODULES}
+    assert sum(map(len, offered.values())) <= 150, offered

@@ -11,10 +11,10 @@ __all__ = ['main']
 import argparse, dataclasses, inspect, logging, os, shlex, signal, sys, typing
 from contextlib import nullcontext
 from pathlib import Path
-from vcb_nb import __version__
-from vcb_nb.artifacts import InputError, did_you_mean, disk_refusal, run_lock
-from vcb_nb.recipes import load_recipe, parse_yaml, shipped_recipes
-from vcb_nb.stages import find_stage, stage_names
+from . import __version__
+from .artifacts import InputError, did_you_mean, disk_refusal, run_lock
+from .recipes import load_recipe, parse_yaml, shipped_recipes
+from .stages import find_stage, stage_names
 
 # %% ../nbs/runs/05_cli.ipynb #6f513a11
 _TRUTH = {**dict.fromkeys(("true", "yes", "on", "1"), True),

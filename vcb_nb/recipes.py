@@ -11,9 +11,9 @@ __all__ = ['check_recipe', 'load_recipe', 'save_recipe']
 import re
 from pathlib import Path
 import yaml
-from vcb_nb.artifacts import InputError, atomic_write, did_you_mean
-from vcb_nb.settings import coerce, shorten
-from vcb_nb.stages import Places, check_folder_name, find_stage, stage_names
+from .artifacts import InputError, atomic_write, did_you_mean
+from .settings import coerce, shorten
+from .stages import Places, check_folder_name, find_stage, stage_names
 
 # %% ../nbs/runs/02_recipes.ipynb #bf53aba4
 _HERE = Path(__file__).parent if "__file__" in globals() else Path()

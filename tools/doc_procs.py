@@ -1,0 +1,35 @@
+"""How the site shows exported code: public names by nbdev's own API entries, internal ones by their
+source, as in the notebook. nbdev's `rm_export` would hide both; pyproject.toml puts this in its
+place."""
+import ast
+
+from fastcore.nbio import mk_cell
+from nbdev.process import Processor
+
+HIDDEN = {"export", "hide", "default_exp"}
+
+
+def defined(source):
+    "The functions and classes of a cell, constants apart."
+    nodes = [n for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    return [n.name for n in nodes]
+
+
+class ShowInternals(Processor):
+    "Take exported code out of a page, except for internal definitions, which get an anchor."
+    def begin(self):
+        cells = []
+        for cell in self.nb.cells:
+            names = self.internals(cell)
+            anchors = "".join(f"[]{{#{name.lower()}}}" for name in names) # links lead there
+            if names: cells.append(mk_cell(anchors, "markdown"))
+            if names or not self.is_hidden(cell): cells.append(cell)
+        for index, cell in enumerate(cells): cell.idx_ = index
+        self.nb.cells = cells
+
+    def is_hidden(self, cell):
+        return cell.cell_type == "code" and {"exporti", *HIDDEN} & {*(cell.directives_ or ())}
+
+    def internals(self, cell):
+        if cell.cell_type != "code" or "exporti" not in (cell.directives_ or ()): return []
+        return [] if "hide" in cell.directives_ else defined(cell.source)
