@@ -18,11 +18,13 @@ def defined(source):
 class ShowInternals(Processor):
     "Take exported code out of a page, except for internal definitions, which get an anchor."
     def begin(self):
-        cells = []
+        cells, known = [], set()
         for cell in self.nb.cells:
             names = self.internals(cell)
-            anchors = "".join(f"[]{{#{name.lower()}}}" for name in names) # links lead there
-            if names: cells.append(mk_cell(anchors, "markdown"))
+            new = dict.fromkeys(name.lower() for name in names if name.lower() not in known)
+            known |= {*new}
+            anchors = "".join(f"[]{{#{name}}}" for name in new) # links lead there
+            if anchors: cells.append(mk_cell(anchors, "markdown"))
             if names or not self.is_hidden(cell): cells.append(cell)
         for index, cell in enumerate(cells): cell.idx_ = index
         self.nb.cells = cells
