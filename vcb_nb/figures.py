@@ -28,16 +28,16 @@ def strength_label(strength:str, value)->str: # 'γ=0.5'; '' where there is no s
     return "" if value is None else f"{SYMBOLS.get(strength, strength)}={value:g}"
 
 def run_label(name:str, # of the run
-              policy:dict=None, # its {method, strength, value}; None: the name says it all
+              policy:dict=None, # its {method, strength, value}; None: use the name
              )->str: # 'VCB γ=0.5'
-    "What to print for a run: its method and its strength."
+    "The label of a run: its method and its strength."
     if not policy: return method_label(name)
     strength = strength_label(policy["strength"], policy["value"])
     return f"{method_label(policy['method'])} {strength}".strip()
 
 def error_lengths(estimates:list # dicts {value, low, high}
                  )->np.ndarray: # [2, n]: distances below and above
-    "Intervals as matplotlib's error bars want them."
+    "Intervals as matplotlib's error bars need them."
     value, low, high = (np.array([e[k] for e in estimates]) for k in ("value", "low", "high"))
     return np.stack([value - low, high - value]).clip(0)
 

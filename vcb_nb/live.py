@@ -1,4 +1,4 @@
-"""A callback that draws a calibration run while it trains, at next to no cost, and leaves one static figure behind.
+"""A callback that draws a calibration run while it trains, at almost no cost, and leaves one static figure.
 
 Docs: https://vcb-nb.github.io/vcb_nb/stages/live.html.md"""
 
@@ -19,10 +19,10 @@ from .plots import method_color, method_label, method_style
 from .training import curve
 
 # %% ../nbs/stages/07_live.ipynb #32566726
-def watched_ratios(model, # the policy as it is
+def watched_ratios(model, # the policy at this moment
                    rows, # scored candidates: prompt_ids, completion_ids, rewards, ref_logps
-                  )->tuple: # rewards above the prompt's mean (σ), log-ratios above theirs (nats)
-    "Flat lists over all candidates of the watched prompts; prompts without signal left out."
+                  )->tuple: # rewards (σ) and log-ratios (nats), minus their prompt's means
+    "Two flat lists over the watched candidates; prompts without a signal are left out."
     logps = score_logps(model, list(rows["prompt_ids"]), list(rows["completion_ids"]))
     across, up = [], []
     for new, ref, rewards in zip(logps, rows["ref_logps"], rows["rewards"]):
@@ -41,7 +41,7 @@ def _draw_loss(ax, history, loss):
     ax.set(xlabel="step", ylabel=f"{method_label(loss)} loss", title="Loss")
 
 def _draw_calibration(ax, history, loss, gamma):
-    "R² where γ says what to reach; else the correlation, which knows no scale."
+    "R² if γ says what to reach; otherwise the correlation, which has no scale."
     key, name = (("calibration/correlation", "correlation") if gamma is None else
                  ("calibration/r2", "$R^2$"))
     ax.plot(*curve(history, key), **method_style(loss, marker="", label=f"{name}, training"))
@@ -61,12 +61,13 @@ def _draw_watched(ax, watched, loss, gamma):
     ax.set(xlabel="reward ($\\sigma$ from the prompt's mean)", ylabel="log-ratio (nats)",
            title="The watched candidates")
 
+# %% ../nbs/stages/07_live.ipynb #50471570
 def draw_run(history:list, # rows of the trainer's `state.log_history`
              loss:str="vcb", # key of `LOSSES`, for colour and name
-             gamma:float|None=None, # 1/γ is the optimum's slope; None: a loss without one
+             gamma:float|None=None, # the optimum's slope is 1/γ; None: a loss without one
              watched:tuple|None=None, # of `watched_ratios`; None leaves the panel out
             )->Figure:
-    "A run so far, in two panels or three. The figure belongs to no window and no `pyplot` list."
+    "A run so far, in two or three panels; the figure belongs to no window and no `pyplot` list."
     panels = 2 if watched is None else 3
     figure = Figure(figsize=(3.3 * panels, 3.), dpi=90, facecolor="white", layout="constrained")
     axes = figure.subplots(1, panels)
@@ -81,7 +82,7 @@ def draw_run(history:list, # rows of the trainer's `state.log_history`
 
 # %% ../nbs/stages/07_live.ipynb #18949ac5
 def notebook_display():
-    "IPython's `display` where a Jupyter kernel listens, else None; never imports IPython."
+    "IPython's `display` in a Jupyter kernel, otherwise None; never imports IPython."
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     return ipython.display.display if getattr(shell, "kernel", None) else None
@@ -97,14 +98,14 @@ def png_bundle(figure:Figure)->dict: # MIME type → data
 class LivePlot(TrainerCallback):
     """Draws loss, calibration and watched candidates while a `CalibrationTrainer` trains.
 
-    `history` is the trainer's log; `figure` the last picture. Without a Jupyter kernel nothing is
+    `history` is the trainer's log, `figure` the last picture. Without a Jupyter kernel nothing is
     shown, and one picture is made at the end. Under FSDP and DeepSpeed no candidates are watched,
-    since one process alone cannot run the model.
+    because one process alone cannot run the model.
     """
     def __init__(self,
-                 watch=None, # scored candidates to look at, a few rows of a `Dataset`
-                 every:float=.5, # seconds between two pictures, at least
-                 share:float=.1, # most of the time that drawing may take
+                 watch=None, # scored candidates to watch, a few rows of a `Dataset`
+                 every:float=.5, # least seconds between two pictures
+                 share:float=.1, # largest share of the time that drawing may take
                 ):
         if every < 0 or not 0 < share <= 1:
             raise InputError(f"every is {every} and share {share}. Give a time of 0 or more and a "

@@ -25,7 +25,7 @@ def bootstrap_interval(units, # [P] or [P, k]: one row of values per prompt
                        level:float=.95, # coverage
                        seed:int=0, # the same seed gives the same interval
                       )->tuple: # (low, high)
-    "Percentile bootstrap interval; what is drawn again are prompts, never single samples."
+    "Percentile bootstrap interval; whole prompts are drawn, never single samples."
     units = np.asarray(units, dtype=float).reshape(len(units), -1)
     prompts, rng = len(units), np.random.default_rng(seed)
     size = max(1, 2**22//prompts)  # bounds memory: counts are [size, prompts]
@@ -99,7 +99,7 @@ def distinct_share(samples)->float:
 
 # %% ../nbs/foundations/15_measures.ipynb #cc79a7f5
 def wilson_interval(successes:float, n:int, z:float=1.96)->tuple: # (low, high)
-    "95 % interval of a proportion; sensible at 0, at 1, and for few cases (Wilson 1927)."
+    "95 % interval of a proportion; it makes sense at 0, at 1, and for few cases (Wilson 1927)."
     share, spread = successes / n, z * z / n
     center, half = share + spread / 2, z * (share * (1 - share) / n + spread / (4 * n)) ** .5
     return max(0., (center - half) / (1 + spread)), min(1., (center + half) / (1 + spread))
@@ -108,7 +108,7 @@ def wilson_interval(successes:float, n:int, z:float=1.96)->tuple: # (low, high)
 def reliability_table(gaps, # [pairs] r_chosen − r_rejected
                       n_bins:int=10, # of equal width between ½ and 1
                      )->list: # dicts: confidence, accuracy, low, high, pairs
-    "How often the preferred side was chosen, by how sure the model was. Empty bins are left out."
+    "How often the preferred side was chosen, by the model's confidence; without empty bins."
     confidence, correct = 1 / (1 + np.exp(-np.abs(gaps))), .5 * (1 + np.sign(gaps))
     bins = np.minimum(((confidence - .5) * 2 * n_bins).astype(int), n_bins - 1)
     table = []
@@ -204,7 +204,7 @@ def correlation(means):
     return _ratio(means[:, 1], np.sqrt(means[:, 0]*means[:, 2]))
 
 def r_squared(means):
-    "Share of the log-ratios' within-prompt spread that a line through the reward values explains."
+    "Share of the log-ratios' within-prompt variance that a line in the rewards explains."
     return correlation(means)**2
 
 def ranks(values)->np.ndarray:
@@ -240,7 +240,7 @@ def calibration(logratios, # [P][n] ℓ = log π − log π_sft of the candidate
     keep = np.flatnonzero(signal)
     if not len(keep):
         raise InputError("No prompt has two candidates with different rewards, so nothing can be "
-                         "compared. Sample more candidates a prompt, or check the rewards.")
+                         "compared. Sample more candidates per prompt, or check the rewards.")
     x = [np.asarray(rewards[i], float)/scale[i] for i in keep]
     y = [np.asarray(logratios[i], float) for i in keep]
     sums = calibration_sums(x, y)
@@ -253,6 +253,6 @@ def calibration(logratios, # [P][n] ℓ = log π − log π_sft of the candidate
                 points=calibration_gaps(x, y, points, boot.get("seed", 0)))
 
 def _inverse(est)->dict:
-    "1/slope with its interval; None where the slope is not positive, or its interval reaches 0."
+    "1/slope with its interval; None where the slope, or the end of its interval, is not above 0."
     inverse = lambda v: 1/v if v > 0 else None
     return dict(value=inverse(est["value"]), low=inverse(est["high"]), high=inverse(est["low"]))

@@ -21,24 +21,28 @@ from .settings import REQUIRED, check_least, check_required, option
 # %% ../nbs/runs/04_report.ipynb #d27ba317
 @dataclass
 class Heading:
+    "A heading; those of level 2 are the page's table of contents."
     text: str
     level: int = 2
 
 @dataclass
 class Text:
+    "A paragraph."
     text: str
 
 @dataclass
 class Table:
+    "Columns of text and, from some column on, of numbers."
     columns: list # names
     rows: list # lists of texts
-    numeric: int = 10**9 # columns from this one on are numbers, aligned to the right
+    numeric: int = 10**9 # columns from this one on are numbers, aligned right
 
 @dataclass
 class Figure:
+    "A picture with its caption."
     name: str # of its PNG file
     image: bytes # PNG
-    caption: str # says what is to be seen; also the text alternative
+    caption: str # says what the picture shows; also its text alternative
 
 # %% ../nbs/runs/04_report.ipynb #5ba625d1
 PAGE_STYLE = """
@@ -58,6 +62,7 @@ figcaption, .note { color: #777; font-size: .88rem; } td { overflow-wrap: anywhe
 nav a { margin-right: 1rem; }
 """
 
+# %% ../nbs/runs/04_report.ipynb #ff7a8796
 def _html_table(table:Table)->str:
     def row(cells, tag):
         return "<tr>" + "".join(f"<{tag}{' class=n' if i >= table.numeric else ''}>"
@@ -79,6 +84,7 @@ def _html_block(block)->str:
     return (f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
             f'<figcaption>{caption}</figcaption></figure>')
 
+# %% ../nbs/runs/04_report.ipynb #32b5ced1
 def render_html(title:str, blocks:list)->str:
     "A self-contained page: style and figures inside, no script, no network."
     heads = [b for b in blocks if isinstance(b, Heading) and b.level == 2]
@@ -95,8 +101,7 @@ def render_html(title:str, blocks:list)->str:
 
 # %% ../nbs/runs/04_report.ipynb #812395d7
 def _plain(text)->str:
-    """Text that Markdown shows as it stands: its special characters escaped,
-    line breaks kept as spaces."""
+    "Text that Markdown shows as it is: special characters escaped, line breaks as spaces."
     text = html.escape(" ".join(str(text).split()), quote=False)
     return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", text)
 
@@ -121,7 +126,7 @@ def judges_of(summary:dict)->list:
     return [j for j in JUDGE_NAMES if first.get(j)]
 
 def methods_table(summary:dict, split:str="test")->Table:
-    "One row a policy: rewards, KL and win − lose against SFT, with 95 % intervals."
+    "One row per policy: rewards, KL and win − lose against SFT, with 95 % intervals."
     judges = judges_of(summary)
     columns = ["policy", *(JUDGE_NAMES[j] for j in judges), "KL k1 (nats)", "KL k3 (nats)",
                "win − lose vs sft"]
@@ -137,8 +142,9 @@ def _method_row(name, summary, split, judges)->list:
     return [run_label(name, policy), *(_two_decimals(s[j]) for j in judges),
             _two_decimals(s["kl"]), _two_decimals(s["kl_k3"]), _two_decimals(won)]
 
+# %% ../nbs/runs/04_report.ipynb #9a95354a
 def texts_table(summary:dict)->Table:
-    "One row a policy: calibration on held-out candidates; length and diversity of its samples."
+    "One row per policy: calibration on held-out candidates; length and diversity of its samples."
     columns = ["policy", "R²", "slope (nats/σ)", "length (tokens)", "finished", "distinct-2",
                "distinct samples"]
     return Table(columns, [_text_row(name, p) for name, p in summary["policies"].items()],
@@ -151,8 +157,8 @@ def _text_row(name, policy)->list:
             f"{s['distinct_2']['value']:.2f}", f"{s['distinct_share']['value']:.0%}"]
 
 # %% ../nbs/runs/04_report.ipynb #3a1f26f0
-def _short(summary:dict)->str:
-    "The plain numbers of a stage's summary, in a line."
+def summary_line(summary:dict)->str:
+    "The plain numbers of a stage's summary, in one line."
     def fmt(v):
         return f"{v:,.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
     plain = {k: v for k, v in summary.items()
@@ -161,16 +167,17 @@ def _short(summary:dict)->str:
     return ", ".join([*lines, *(f"dropped {fmt(n)} ({why})" for why, n in _left_out(summary))])
 
 def _left_out(summary:dict)->list: # [(reason, count)]
-    "What a stage left out, wherever its summary counts that."
+    "What a stage left out, wherever its summary counts it."
     found = [(k, v) for k, v in summary.items() if isinstance(v, dict)]
     own = [(why, n) for k, v in found if k == "dropped" for why, n in v.items() if n]
     return own + [pair for k, v in found if k != "dropped" for pair in _left_out(v)]
 
+# %% ../nbs/runs/04_report.ipynb #3b8843fb
 def pipeline_blocks(run:Path, parts:list)->list:
     "What was run, on what, and how long it took."
     manifests = [m for m in (read_manifest(run/part) for part in parts) if m]
     rows = [[m["stage"], f"{m['seconds']:.0f} s",
-             _short(m["summary"] if m["stage"] != "evaluate" else {})] for m in manifests]
+             summary_line(m["summary"] if m["stage"] != "evaluate" else {})] for m in manifests]
     total = sum(m["seconds"] for m in manifests)
     versions = (", ".join(f"{k} {v}" for k, v in manifests[-1]["versions"].items())
                 if manifests else "")
@@ -178,6 +185,7 @@ def pipeline_blocks(run:Path, parts:list)->list:
             Text(f"{len(rows)} stages, {total/60:.1f} minutes in all. {versions}."),
             Table(["stage", "time", "result"], rows)]
 
+# %% ../nbs/runs/04_report.ipynb #91cd3c9f
 def reward_blocks(run:Path)->list:
     "How far the reward model can be trusted."
     path = run/"reward"/"evaluation.json"
@@ -214,6 +222,7 @@ def method_blocks(summary:dict)->list:
                           f"Share of wins minus share of losses against sft, judged by {name}.")]
     return blocks
 
+# %% ../nbs/runs/04_report.ipynb #24c7b021
 def frontier_blocks(summary:dict)->list:
     "Reward gained against KL paid, by every judge."
     figures = [Figure(f"frontier_{judge}", figure_bytes(plot_frontier(summary, judge=judge)),
@@ -222,6 +231,20 @@ def frontier_blocks(summary:dict)->list:
                for judge in judges_of(summary)]
     return [Heading("Reward–KL frontier"), *figures]
 
+# %% ../nbs/runs/04_report.ipynb #0b8c32d1
+def at_equal_kl(summary:dict, split:str="test")->dict: # method → policy name
+    "One policy per method, all at about the same KL: the largest that every method reaches."
+    kl = lambda name: summary["policies"][name]["splits"][split]["kl"]["value"]
+    sweeps = {}
+    for name, p in summary["policies"].items(): sweeps.setdefault(p["method"], []).append(name)
+    if any(p["splits"][split]["kl"] is None for p in summary["policies"].values()):
+        return {m: n[0] for m, n in sweeps.items()}
+    reached = [max(map(kl, names)) for method, names in sweeps.items() if method != "sft"]
+    target = min(reached, default=0.)
+    return {method: min(names, key=lambda n: abs(kl(n) - target))
+            for method, names in sweeps.items()}
+
+# %% ../nbs/runs/04_report.ipynb #39e474da
 def calibration_blocks(summary:dict)->list:
     "How far log-ratio gaps follow reward gaps on held-out candidates."
     if not all(p.get("calibration") for p in summary["policies"].values()): return []
@@ -232,7 +255,7 @@ def calibration_blocks(summary:dict)->list:
             texts_table(summary),
             Figure("calibration", figure_bytes(plot_calibration(summary, shown)),
                    "Log-ratio gap against reward gap for pairs of held-out candidates of one "
-                   "prompt; one policy a method, all at about the same KL. At VCB's optimum all "
+                   "prompt; one policy per method, all at about the same KL. At VCB's optimum all "
                    "points lie on the dashed line of slope 1/γ.")]
 
 # %% ../nbs/runs/04_report.ipynb #8cd261f5
@@ -250,19 +273,7 @@ def training_blocks(run:Path, parts:list)->list:
                    "Loss and calibration R² during training. Losses of different methods are on "
                    "different scales.")]
 
-def at_equal_kl(summary:dict, split:str="test")->dict: # method → policy name
-    """One policy of each method's sweep, all at about the same KL:
-    the largest that every method reaches."""
-    kl = lambda name: summary["policies"][name]["splits"][split]["kl"]["value"]
-    sweeps = {}
-    for name, p in summary["policies"].items(): sweeps.setdefault(p["method"], []).append(name)
-    if any(p["splits"][split]["kl"] is None for p in summary["policies"].values()):
-        return {m: n[0] for m, n in sweeps.items()}
-    reached = [max(map(kl, names)) for method, names in sweeps.items() if method != "sft"]
-    target = min(reached, default=0.)
-    return {method: min(names, key=lambda n: abs(kl(n) - target))
-            for method, names in sweeps.items()}
-
+# %% ../nbs/runs/04_report.ipynb #11ec0a67
 def sample_blocks(summary:dict, samples:dict, # policy → list of rows {prompt, completions}
                   count:int)->list:
     "What the policies say to the same prompts."
@@ -298,14 +309,14 @@ class ReportConfig:
                                     for name in finished_stages(self.run) if name != "report"]
 
 def _samples(run:Path, summary:dict)->dict:
-    "The stored samples of every policy on the test prompts."
+    "The samples of every policy on the test prompts."
     rows = {}
     for name, policy in summary["policies"].items():
         files = sorted((run/"evaluate"/policy["samples"]["test"]/"data").glob("*.jsonl"))
         rows[name] = [json.loads(line) for f in files for line in f.read_text("utf-8").splitlines()]
     return rows
 
-def report(config:ReportConfig)->dict: # where the pages lie
+def report(config:ReportConfig)->dict: # where the pages are
     "Write `index.html`, `report.md` and `figures/` from what a run has left."
     run, out = Path(config.run), Path(config.output_dir or Path(config.run)/"report")
     parts = [Path(part).parent.relative_to(run).as_posix() for part in config.parts]

@@ -37,11 +37,11 @@ def bradley_terry_loss(chosen, # [pairs] rewards of the preferred completions
     return -F.logsigmoid(chosen - rejected - margin) + center_coefficient * (chosen + rejected) ** 2
 
 # %% ../nbs/stages/03_reward.ipynb #1a393584
-def encode_pair(tokenizer, row:dict, # prompt, chosen, rejected, margin (optional)
+def encode_pair(tokenizer, row:dict, # prompt, chosen, rejected and perhaps margin
                 max_prompt_length:int, # tokens; the prompt's beginning is cut
                 max_length:int, # tokens of both; the completion's end is cut
                )->dict: # chosen_ids, rejected_ids (prompt included), length, margin, cut, same
-    "One training row; `same` where both sides have the same ids."
+    "One training row; `same` if both sides have the same ids."
     prompt = encode_prompt(tokenizer, row["prompt"], max_prompt_length)
     room = max_length - len(prompt)
     chosen, whole = encode_completion(tokenizer, row["chosen"], True, room)
@@ -64,14 +64,14 @@ def collate_pairs(rows:list, # of `encode_pair`
 def split_scores(logits, # [2 · pairs, 1], or a tuple that starts with it
                  labels=None, # ignored
                 )->torch.Tensor: # [pairs, 2] float32: chosen, rejected
-    "The scores of a batch of `collate_pairs`, a pair in a row."
+    "The scores of a batch of `collate_pairs`, one pair per row."
     logits = logits[0] if isinstance(logits, tuple) else logits
     return logits.float().view(2, -1).T
 
 def pair_loss(outputs, labels, num_items_in_batch=None, *, center_coefficient:float=0.):
     "A batch's loss as the `Trainer` wants it: its sum, divided by the pairs of the whole step."
     chosen, rejected = split_scores(outputs.logits).unbind(1)
-    # A pair that is repeated to make the last batch even has the label of `EvenTrainer`.
+    # `EvenTrainer` gives this label to the pairs that it repeats to fill the last batch.
     loss = bradley_terry_loss(chosen, rejected, labels, center_coefficient) * (labels != -100)
     return loss.mean() if num_items_in_batch is None else loss.sum() / num_items_in_batch
 
@@ -91,9 +91,9 @@ class RewardConfig(TrainingDefaults):
     eval_pairs: str | None = option(None, "Held-out pairs. None takes eval_share of pairs.",
                                     source=True)
     eval_share: float = option(.05, "Share of pairs that is held out; 0 holds out none.")
-    use_margin: bool = option(True, "Use the column margin where there is one.")
+    use_margin: bool = option(True, "Use the column margin if there is one.")
     center_rewards_coefficient: float | None = option(None,
-        "Weight of (r_chosen + r_rejected)², which holds the rewards' level near 0; try 0.01.")
+        "Weight of (r_chosen + r_rejected)², which keeps the rewards' level near 0; try 0.01.")
     max_prompt_length: int = option(512, "Tokens kept of a prompt, from its end.")
     max_length: int = option(1024, "Tokens of prompt and completion together.")
     n_bins: int = option(10, "Rows of the reliability table.")
@@ -117,13 +117,13 @@ class RewardConfig(TrainingDefaults):
 
 # %% ../nbs/stages/03_reward.ipynb #a92ad0bc
 def _encode_pairs(dataset, tokenizer, config:RewardConfig):
-    "Pairs as ids, `prompt` kept. Pairs that a cut made the same stay, marked `same`."
+    "Pairs as ids; `prompt` stays. Pairs that a cut made equal are marked `same`."
     if not config.use_margin: dataset = dataset.select_columns(["prompt", "chosen", "rejected"])
     encode = lambda row: encode_pair(tokenizer, row, config.max_prompt_length, config.max_length)
     return dataset.map(encode, remove_columns=["chosen", "rejected"], desc="tokenising")
 
 def _different(rows):
-    "Without the pairs whose sides are the same."
+    "The pairs whose sides differ."
     return rows.select([i for i, same in enumerate(rows["same"]) if not same])
 
 def reward_datasets(config:RewardConfig, tokenizer)->tuple: # (training, held-out or None, dropped)
@@ -140,7 +140,7 @@ def reward_datasets(config:RewardConfig, tokenizer)->tuple: # (training, held-ou
 
 # %% ../nbs/stages/03_reward.ipynb #a09a8d82
 def _step_metrics(prediction)->dict: # loss, accuracy, margin
-    "What an evaluation during training shows; exact over all pairs, whatever the batches."
+    "What an evaluation during training shows: over all pairs, whatever the batches."
     chosen, rejected = torch.from_numpy(np.asarray(prediction.predictions)).double().unbind(1)
     loss = bradley_terry_loss(chosen, rejected, torch.from_numpy(np.asarray(prediction.label_ids)))
     correct = .5 * (1 + (chosen - rejected).sign())
@@ -167,9 +167,9 @@ def held_out_report(trainer:EvenTrainer, config:RewardConfig)->dict: # of `rewar
     if trainer.args.should_save: write_json(Path(config.output_dir)/"evaluation.json", report)
     return report
 
-# %% ../nbs/stages/03_reward.ipynb #ccfbb830
+# %% ../nbs/stages/03_reward.ipynb #71994025
 def train_reward(config:RewardConfig)->dict: # accuracy, accuracy_interval, ece, brier, …
-    "Run the stage. Leaves `output_dir/model` and `evaluation.json`; continues a killed run."
+    "Run the stage: writes `output_dir/model` and `evaluation.json`; resumes a killed run."
     set_seed(config.seed)
     tokenizer = load_tokenizer(str(config.model))
     model = new_reward_model(str(config.model), tokenizer, seed=config.seed, dtype=config.dtype)
