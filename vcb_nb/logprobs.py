@@ -112,7 +112,7 @@ def _check_batch(model, batch):
     if width > (context_length(model) or width):
         check_context(model, batch.lengths(), lambda i: "Completion {1} of prompt {0}".format(
             *batch.mask.nonzero().tolist()[i]))
-    # In a packed row a response's last token is predicted, never embedded: it is a target only.
+    # In one packed row per response's last token is predicted, never embedded: it is a target only.
     targets = [batch.targets] if isinstance(batch, PackedCandidates) else []
     check_batch_ids(model, batch.input_ids, *targets)
 
