@@ -125,8 +125,8 @@ def finite_values(dataset, name:str, # a column with a number for every completi
                              "Score the file again.")
         bad = next((j for j, v in enumerate(row) if v is None or not math.isfinite(v)), None)
         if bad is not None:
-            raise InputError(f"Row {i}: {name}[{bad}] is {row[bad]}. Correct the score, or remove the "
-                             "candidate.")
+            raise InputError(f"Row {i}: {name}[{bad}] is {row[bad]}. Correct the score, or remove "
+                             "the candidate.")
     return pad_ragged(rows)
 
 # %% ../nbs/stages/06_calibrate.ipynb #2853a306
