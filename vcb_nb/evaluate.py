@@ -90,7 +90,7 @@ class EvaluateConfig(ScoringConfig):
     n: int = option(4, "Samples per prompt.")
     temperature: float = option(1., "Sampling temperature; KL is measured at 1 only.")
     top_p: float = option(1., "Draw from this nucleus; KL is measured at 1 only.")
-    top_k: int = option(0, "Draw from this many likeliest tokens, 0: all; KL is measured at 0 only.")
+    top_k: int = option(0, "Draw from the likeliest tokens, 0: from all; KL is measured at 0 only.")
     tie_tolerance: float = option(1e-6, "Reward gaps up to this size are ties.")
     batch_size: int = option(16, "Prompts sampled at once.", decides=False)
 
