@@ -1,4 +1,4 @@
-"""n responses per prompt from the SFT model: the prompt is read once, the ids are kept as drawn, and neither the number of processes nor a kill changes what comes out.
+"""Draw n responses per prompt from the SFT model: each prompt is read once, the ids are kept as drawn, and neither the number of processes nor an interruption changes the result.
 
 Docs: https://vcb-nb.github.io/vcb_nb/stages/sample.html.md"""
 
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoConfig, DynamicCache
+from transformers import DynamicCache
 
 from .artifacts import InputError, Progress
 from .batches import accepts, evaluating, pad_rows, unwrap
@@ -51,11 +51,11 @@ def sampling_probs(logits:torch.Tensor, # [rows, vocabulary]
 
 # %% ../nbs/stages/04_sample.ipynb #447b3e96
 def uniform_draws(seed:int, # of the run, >= 0
-                  row:int, # number of the prompt
+                  row:int, # index of the prompt in the run
                   n:int, # samples per prompt
                   length:int, # numbers per sample
                  )->torch.Tensor: # [n, length] float64 in [0, 1)
-    "The random numbers of one prompt's samples; those of sample j depend on (seed, row, j) only."
+    "The random numbers of one prompt's samples; those of sample j depend only on (seed, row, j)."
     streams = [np.random.Generator(np.random.PCG64([seed, row, j])) for j in range(n)]
     return torch.from_numpy(np.stack([stream.random(length) for stream in streams]))
 
@@ -98,6 +98,22 @@ def _step_inputs(model, ids, mask, cache)->dict:
         inputs["position_ids"] = positions[:, -ids.shape[1]:]
     return inputs
 
+# %% ../nbs/stages/04_sample.ipynb #3240531c
+def _pad_and_eos(tokenizer)->tuple:
+    "The padding id (EOS if there is none) and the EOS id."
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return (eos_id if pad_id is None else pad_id), eos_id
+
+def _without(logits, token_id):
+    "Logits under which one token is never drawn."
+    logits = logits.clone()
+    logits[:, token_id] = -math.inf
+    return logits
+
+def _to_device(draws, device):
+    "Move float64 numbers; Apple's GPUs have float32 only."
+    return draws.float().to(device) if device.type == "mps" else draws.to(device)
+
 # %% ../nbs/stages/04_sample.ipynb #7e2a63e9
 @torch.no_grad()
 def decode(model, # causal LM in eval mode
@@ -128,29 +144,16 @@ def decode(model, # causal LM in eval mode
     ids = [row[:length] for row, length in zip(out.tolist(), lengths.tolist())]
     return list(zip(ids, logps.tolist()))
 
-def _without(logits, token_id):
-    "Logits under which one token is never drawn."
-    logits = logits.clone()
-    logits[:, token_id] = -math.inf
-    return logits
-
-def _pad_and_eos(tokenizer)->tuple:
-    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    return (eos_id if pad_id is None else pad_id), eos_id
-
-def _to_device(draws, device):
-    "Move float64 numbers; Apple's GPUs have float32 only."
-    return draws.float().to(device) if device.type == "mps" else draws.to(device)
-
 # %% ../nbs/stages/04_sample.ipynb #a933c7c7
 class Samples(NamedTuple):
-    "What a sampler gives; the fields are the columns of a candidate row."
+    "What a sampler returns; the fields are the columns of a candidate row."
     completion_ids:list # [prompts][n] lists of token ids, as drawn
     finish_reasons:list # [prompts][n] 'stop' (the last id is EOS) or 'length'
     sample_logps:list # [prompts][n] log π(y|x) in nats
 
 def _as_samples(drawn:list, # [prompts][n] pairs: token ids, log π(y|x)
                 eos_id:int)->Samples:
+    "Samples by field; the last id of each tells how it ended."
     ids = [[c for c, _ in pairs] for pairs in drawn]
     return Samples(ids, [["stop" if c[-1] == eos_id else "length" for c in cs] for cs in ids],
                    [[logp for _, logp in pairs] for pairs in drawn])
@@ -165,7 +168,7 @@ def sample_candidates(model, # causal LM
                       top_p:float=1., # 1: no nucleus
                       top_k:int=0, # 0: no limit
                       seed:int=0, # of the run
-                      rows:list=None, # number of each prompt in the whole run; None: its place here
+                      rows:list=None, # index of each prompt in the whole run; None: its index here
                       batch_size:int=16, # prompts decoded at once
                       on_batch=None, # called with (samples, tokens) after each batch
                      )->Samples:
@@ -183,10 +186,10 @@ def sample_candidates(model, # causal LM
 
 # %% ../nbs/stages/04_sample.ipynb #9661c299
 def sample_seed(seed:int, # of the run, >= 0
-                row:int, # number of the prompt
-                j:int, # number of the sample
+                row:int, # index of the prompt in the run
+                j:int, # index of the sample
                )->int: # below 2**63
-    "The seed of one sample, for a sampler that has its own random numbers."
+    "The seed of one sample, for a sampler that draws its own random numbers."
     return int(np.random.SeedSequence([seed, row, j]).generate_state(1, np.uint64)[0] >> 1)
 
 # %% ../nbs/stages/04_sample.ipynb #a82721e1
@@ -194,19 +197,34 @@ def load_vllm(folder, # of whole weights
               length:int, # most tokens of a prompt and its sample together
               dtype:str=None, # float32 if not given
              ): # vllm.LLM
-    "A vLLM engine. Written against vLLM 0.11's documented interface, not run by us yet."
+    "A vLLM engine. Written against vLLM 0.11's documented interface; we have not run it yet."
     precision = str(as_dtype(dtype)).removeprefix("torch.")
     return _import_vllm().LLM(model=str(folder), dtype=precision, max_model_len=length,
                               enable_prefix_caching=True, logprobs_mode="raw_logprobs")
 
 def _import_vllm():
-    # Scheduled in this process, requests meet in the same batches every time.
+    "The package vLLM, set up to schedule requests in this process."
+    # Otherwise a scheduler runs beside us, and the batches depend on the clock.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     try: import vllm
     except ImportError as e:
-        raise InputError(f"backend 'vllm' needs the package vllm ({e}). Install it: "
-                         "pip install vcb-nb[vllm]. Or set backend to transformers.") from None
+        raise InputError(f"backend 'vllm' needs the package vllm ({e}). Install it with "
+                         "pip install vcb-nb[vllm], or set backend to transformers.") from None
     return vllm
+
+# %% ../nbs/stages/04_sample.ipynb #1d1e54cc
+def _vllm_ends(tokenizer)->dict:
+    "Settings of every request: what ends it, what is never drawn, what is returned."
+    pad_id, eos_id = _pad_and_eos(tokenizer)
+    return dict(ignore_eos=True, stop_token_ids=[eos_id], logprobs=0, detokenize=False,
+                logit_bias=None if pad_id == eos_id else {pad_id: -100.})
+
+def _vllm_sample(out, eos_id, max_new_tokens)->tuple: # token ids, log π(y|x)
+    "One sample; `InputError` if it neither ended nor reached its full length."
+    ids = list(out.token_ids)
+    if ids[-1:] == [eos_id] or len(ids) == max_new_tokens: return ids, out.cumulative_logprob
+    raise InputError(f"vLLM stopped a sample after {len(ids)} tokens, before its end "
+                     f"(finish_reason {out.finish_reason!r}). Run again: finished parts are kept.")
 
 # %% ../nbs/stages/04_sample.ipynb #dd59a966
 def vllm_candidates(engine, # vllm.LLM
@@ -215,11 +233,11 @@ def vllm_candidates(engine, # vllm.LLM
                     n:int, # samples per prompt
                     *, max_new_tokens:int=128, # most tokens of a sample, EOS included
                     seed:int=0, # of the run
-                    rows:list=None, # number of each prompt in the whole run; None: its place here
+                    rows:list=None, # index of each prompt in the whole run; None: its index here
                     on_batch=None, # called with (samples, tokens) at the end
                     **sampling, # temperature, top_p, top_k
                    )->Samples:
-    "`sample_candidates` through vLLM 0.11's documented interface; not run by us yet."
+    "`sample_candidates` through vLLM 0.11's documented interface; we have not run it yet."
     rows = range(len(prompt_ids)) if rows is None else rows
     vllm, eos_id = _import_vllm(), tokenizer.eos_token_id
     options = {**_vllm_ends(tokenizer), **sampling, "max_tokens": max_new_tokens}
@@ -231,44 +249,32 @@ def vllm_candidates(engine, # vllm.LLM
     if on_batch: on_batch(len(drawn), sum(len(ids) for ids, _ in drawn))
     return _as_samples([drawn[i:i + n] for i in range(0, len(drawn), n)], eos_id)
 
-def _vllm_ends(tokenizer)->dict:
-    "Settings of every request: what ends it, what is never drawn, what comes back."
-    pad_id, eos_id = _pad_and_eos(tokenizer)
-    return dict(ignore_eos=True, stop_token_ids=[eos_id], logprobs=0, detokenize=False,
-                logit_bias=None if pad_id == eos_id else {pad_id: -100.})
-
-def _vllm_sample(out, eos_id, max_new_tokens)->tuple: # token ids, log π(y|x)
-    ids = list(out.token_ids)
-    if ids[-1:] == [eos_id] or len(ids) == max_new_tokens: return ids, out.cumulative_logprob
-    raise InputError(f"vLLM broke a sample off after {len(ids)} tokens (finish_reason "
-                     f"{out.finish_reason!r}). Run again: finished parts are kept.")
-
 # %% ../nbs/stages/04_sample.ipynb #ac5aa6ee
 BACKENDS = ("transformers", "vllm")
 
 # %% ../nbs/stages/04_sample.ipynb #624d7694
 @dataclass
 class SampleConfig:
-    "What to sample, from which policy, and where to."
+    "What to sample, from which policy, and where to write it."
     policy: str = option(REQUIRED, "Model folder or hub name to draw from: the SFT model.",
                          source=True)
     prompts: str = option(REQUIRED,
-        "File, folder or hub name with prompts; each distinct one is used once.", source=True)
+        "File, folder or hub name with prompts; duplicates are used once.", source=True)
     output_dir: str = option(REQUIRED,
         "Folder for the parts: output_dir/data/part-00000-of-00012.jsonl", decides=False)
-    n: int = option(8, "Samples per prompt; values need 3 or more.")
+    n: int = option(8, "Samples per prompt; value-based losses need 3 or more.")
     temperature: float = option(1.,
         "Flattens (> 1) or sharpens (< 1) the distribution; 0 is greedy.")
-    top_p: float = option(1., "Draw from the likeliest tokens that reach this probability.")
-    top_k: int = option(0, "Draw from this many likeliest tokens; 0 is no limit.")
-    max_prompt_length: int = option(512, "Tokens of a prompt; a longer one loses its beginning.")
+    top_p: float = option(1., "Draw from the fewest likeliest tokens with this total probability.")
+    top_k: int = option(0, "Draw from this many likeliest tokens; 0 means no limit.")
+    max_prompt_length: int = option(512, "Tokens of a prompt; longer ones are cut at the start.")
     max_new_tokens: int = option(128, "Most tokens of a sample, EOS included.")
     backend: str = option("transformers",
-        "'transformers', or 'vllm' (pip install vcb-nb[vllm]; not run by us yet).")
+        "'transformers', or 'vllm' (pip install vcb-nb[vllm]; we have not run it yet).")
     batch_size: int = option(16,
-        "Prompts decoded at once: n times as many rows. vLLM sizes its own batches.", decides=False)
-    shard_size: int = option(128, "Prompts per part; a kill loses one part at most.")
-    limit: int | None = option(None, "Use the first prompts only.")
+        "Prompts decoded at once, in n rows each. vLLM sizes its own batches.", decides=False)
+    shard_size: int = option(128, "Prompts per part; a killed run loses one part at most.")
+    limit: int | None = option(None, "Use only this many prompts, from the first on.")
     seed: int = option(0, "Seed of the samples.")
     dtype: str | None = option(None, "Precision, e.g. bfloat16; float32 if not given.")
     device: str = option("auto", "'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'.", decides=False)
@@ -280,24 +286,24 @@ class SampleConfig:
         pick_device(self.device)
         as_dtype(self.dtype)
         if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}. Set it above 0 and to at most 1.")
+            raise InputError(f"top_p is {self.top_p}. Set it above 0 and at most to 1.")
         check_choice("backend", self.backend, BACKENDS)
         if self.backend == "vllm" and self.device != "auto":
             raise InputError(f"device is {self.device}, but vLLM takes the first GPU it sees. "
                              "Leave device at auto, and choose the GPU with CUDA_VISIBLE_DEVICES.")
         if self.temperature == 0 and self.n > 1:
             raise InputError(f"temperature 0 makes all n={self.n} samples of a prompt the same. "
-                             "Set n to 1, or the temperature above 0.")
+                             "Set n to 1, or temperature above 0.")
 
 # %% ../nbs/stages/04_sample.ipynb #caaf8ea3
 def check_prompts(config, prompts:list, prompt_ids:list, context:int=None)->None:
-    "Raise `InputError` naming the first prompt that is empty or leaves too little of the context."
+    "Raise `InputError` with the first prompt that is empty or leaves too little of the context."
     for i, (ids, text) in enumerate(zip(prompt_ids, prompts)):
         where = f"{config.prompts}, prompt {i} ({text[:40]!r})"
         if not ids: raise InputError(f"{where} has no tokens. Remove it.")
         if context and len(ids) + config.max_new_tokens > context:
             raise InputError(f"{where} has {len(ids)} tokens, and with {config.max_new_tokens} new "
-                             f"tokens it passes the model's context of {context}. "
+                             f"tokens it exceeds the model's context of {context}. "
                              "Lower max_prompt_length or max_new_tokens.")
 
 # %% ../nbs/stages/04_sample.ipynb #c595cd44
@@ -306,6 +312,7 @@ def decode_texts(tokenizer, completion_ids:list)->list:
     return [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             for ids in completion_ids]
 
+# %% ../nbs/stages/04_sample.ipynb #79cf3c6d
 def load_sampler(config:SampleConfig, tokenizer, length:int):
     "A function (prompt_ids, n, **sampling) → `Samples` on either backend, its model loaded."
     if config.backend == "vllm":
@@ -315,7 +322,7 @@ def load_sampler(config:SampleConfig, tokenizer, length:int):
     return partial(sample_candidates, model, tokenizer, batch_size=config.batch_size)
 
 def _rows_of_part(config, part:int, prompts:list)->range:
-    "The numbers of a part's prompts."
+    "The indices of a part's prompts."
     return range(len(prompts))[part*config.shard_size:(part + 1)*config.shard_size]
 
 def _sample_part(config, tokenizer, draw, prompts, prompt_ids, on_batch, part:int)->list: # rows
@@ -339,9 +346,23 @@ def summarise_samples(rows)->dict:
     return {**{k: counts[k] for k in ("prompts", "samples", "tokens")},
             **{k: counts[v] / max(counts["samples"], 1) for k, v in shares.items()}}
 
+# %% ../nbs/stages/04_sample.ipynb #b269749a
+@contextmanager
+def _speed_bar(total:int, speed:dict):
+    "A bar, as a function of (samples, tokens) for each batch; leaves tokens per second in `speed`."
+    start, tokens = time.perf_counter(), 0
+    with Progress(total, "sample", unit="sample") as bar:
+        def on_batch(samples, new):
+            nonlocal tokens
+            tokens += new
+            speed["tokens_per_second"] = tokens / (time.perf_counter() - start)
+            bar.set_postfix_str(f"{speed['tokens_per_second']:.0f} tokens/s")
+            bar.update(samples)
+        yield on_batch
+
 # %% ../nbs/stages/04_sample.ipynb #1e8fe62d
 def sample(config:SampleConfig)->dict: # summary: counts, mean length, shares, tokens_per_second
-    "Sample every prompt into `output_dir/data`; resumes where an earlier call was cut off."
+    "Sample every prompt into `output_dir/data`. Resumes an interrupted run."
     prompts = load_prompts(config.prompts)["prompt"][:config.limit]
     tokenizer = load_tokenizer(config.policy)
     context = read_context(config.policy)
@@ -352,20 +373,13 @@ def sample(config:SampleConfig)->dict: # summary: counts, mean length, shares, t
 
     @contextmanager
     def sampler(parts):
-        "The model is loaded; a bar shows samples and tokens per second."
+        "Load the model; give the function that makes a part."
         longest = max(map(len, prompt_ids)) + config.max_new_tokens
         draw = load_sampler(config, tokenizer, longest)
         todo = sum(len(_rows_of_part(config, part, prompts)) for part in parts)
-        start, tokens = time.perf_counter(), 0
-        with Progress(config.n * todo, "sample", unit="sample") as bar:
-            def on_batch(samples, new):
-                nonlocal tokens
-                tokens += new
-                speed["tokens_per_second"] = tokens / (time.perf_counter() - start)
-                bar.set_postfix_str(f"{speed['tokens_per_second']:.0f} tokens/s")
-                bar.update(samples)
+        with _speed_bar(config.n * todo, speed) as on_batch:
             yield partial(_sample_part, config, tokenizer, draw, prompts, prompt_ids, on_batch)
 
     complete_parts(config, math.ceil(len(prompts) / config.shard_size), sampler)
-    rows = read_parts(config.output_dir, complete=False) # of a job array some may be to come
+    rows = read_parts(config.output_dir, complete=False) # other jobs may still be making some
     return {**summarise_samples(rows), "truncated_prompts": truncated, **speed}
