@@ -171,7 +171,7 @@ MUTANTS = [Mutant(*row) for row in [
     ("every process makes every part", "shards", "return range(rank, total, world)",
      "return range(total)", "test_shards.py -k exactly_one", 26),
     ("a folder of other settings is gone on with", "settings",
-     'if changed := differences(type(config), json.loads(file.read_text("utf-8")), now):',
+     "if changed := differences(type(config), before, now):",
      "if changed := None:", "test_shards.py -k keeps_to_its_settings", 11),
     ("missing parts are not missed", "shards", "if complete and found and len(found) < totals[0]:",
      "if False:", "test_shards.py -k not_made_again", 0),

@@ -103,6 +103,11 @@ class CalibrationConfig(TrainingDefaults):
         self.remove_unused_columns, self.label_names = False, [] # rewards must reach the loss
         super().__post_init__()
 
+    @property
+    def gamma(self)->float | None:
+        "γ of the calibrated losses, None for the others."
+        return target_gamma(self.loss, self.loss_params)
+
 # %% ../nbs/stages/06_calibrate.ipynb #fca85b74
 REMEDY = {"rewards": "Score the candidates first (`vcb score`).",
           "ref_logps": "Score them with a reference (`vcb score`, `reference:` the SFT folder), "
@@ -195,7 +200,7 @@ def report_rows(info:dict, part:str, args)->None:
         raise InputError(f"No prompt of the {part} candidates has two completions with different "
                          f"rewards (dropped: {dropped}). Sample more, or check the reward.")
     if dropped: log.info("%s: %d prompts, dropped %s", part, info["prompts"], dropped)
-    if info.pop("values_lost") and target_gamma(args.loss, args.loss_params):
+    if info.pop("values_lost") and args.gamma:
         log.warning(TWO_CANDIDATES)
 
 def prepare_dataset(dataset, # scored candidates, with ids or texts
@@ -453,7 +458,7 @@ class CalibrationTrainer(ReferenceTrainer):
                             for m in (model, reference))
         set_seed(args.seed) # LoRA draws its first weights
         model = disable_dropout(fresh_adapter(model, peft_config or args.peft_config))
-        self.info, self.gamma = {}, target_gamma(args.loss, args.loss_params)
+        self.info, self.gamma = {}, args.gamma
         train_dataset = self.prepare(train_dataset, "train", args, tokenizer)
         eval_dataset = self.prepare(eval_dataset, "eval", args, tokenizer)
         live = live_reference(model, reference) if args.reference == "live" else None

@@ -113,6 +113,7 @@ def _scaled_rewards(rewards, mask, sigma, like):
     centred = _centred(*_reward_values(rewards, mask))
     return (centred / torch.where(sigma > 0, sigma, 1.)[:, None]).to(like.dtype).to(like.device)
 
+# %% ../nbs/theory/06_losses.ipynb #fb1a4bbf
 def _pair_differences(x):
     "`x_i - x_j` for all i < j: `[prompts, n(n-1)/2]`."
     i, j = torch.triu_indices(x.shape[1], x.shape[1], 1, device=x.device)
@@ -344,6 +345,7 @@ def distilled_dpo_loss(
     "Reward model distillation (Fisch et al. 2024), @eq-relatives: RPO-sq with eta = 1."
     return rpo_sq_loss(logps, ref_logps, rewards, beta=beta, eta=1., sigma=sigma, mask=mask)
 
+# %% ../nbs/theory/06_losses.ipynb #2ab1eaee
 def infonca_loss(
     logps:Tensor, # `[prompts, n]`, policy, nats, summed over tokens
     ref_logps:Tensor, # `[prompts, n]`, SFT model
@@ -447,13 +449,13 @@ LOSSES = {loss.name: loss for loss in (
          "Richemond et al. 2024, arXiv 2405.19107", "tau", False),
 )}
 
+# %% ../nbs/theory/06_losses.ipynb #35d2137b
 def _unknown(kind, name, valid):
     "A `ValueError` that suggests the nearest valid name and lists them all."
     near = difflib.get_close_matches(str(name), list(valid), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return ValueError(f"Unknown {kind} {name!r}.{hint} Valid: {', '.join(valid)}.")
 
-# %% ../nbs/theory/06_losses.ipynb #35d2137b
 def check_loss(name:str) -> str:
     "The name itself; `ValueError` with the nearest valid one unless it is a key of `LOSSES`."
     if name not in LOSSES: raise _unknown("loss", name, LOSSES)

@@ -245,7 +245,9 @@ def record_settings(file:Path, # in the folder that depends on them
                    )->None:
     "Record what the work in a folder depends on; refuse to add to work with different settings."
     now = json.loads(json.dumps({**config_key(config), **more}, default=str))
-    if not (begun and file.exists()): return write_json(file, now)
-    if changed := differences(type(config), json.loads(file.read_text("utf-8")), now):
+    known = begun and file.exists()
+    before = json.loads(file.read_text("utf-8")) if known else now
+    if changed := differences(type(config), before, now):
         raise InputError(f"{file.parent} contains results made with different settings "
                          f"({changed}). Delete the folder, or choose another output_dir.")
+    if not known: write_json(file, now)
