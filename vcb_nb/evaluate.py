@@ -191,8 +191,8 @@ def read_table(folder:Path)->CompletionTable:
 
 # %% ../nbs/stages/08_evaluate.ipynb #6d27dace
 def read_candidates(source:str, config, tokenizer, # rows get this tokenizer's ids
-                   judge:str=None, # named: rewards need not be there
-                  )->tuple: # (rows, dropped: reason → count)
+                    judge:str=None, # named: rewards need not be there
+                   )->tuple: # (rows, dropped: reason → count)
     "Scored candidates with the stored ids where they fit, else with ids made from the texts."
     rows = load_candidates(source)
     rows = rows.select(range(min(config.limit or len(rows), len(rows))))
