@@ -329,6 +329,8 @@ def test_sigma_is_the_prompts_own():
     r = [[0., 1., 2.], [0., 10., 20.]]
     assert sigmas(r)[0].tolist() == [1, 10]
     assert sigmas(r, "dataset")[0] == pytest.approx([((1 + 100)/2)**.5]*2)
+    uneven = [*r, [3.], [1., 1., 1., 1.]] # a single candidate weighs nothing, four weigh three
+    assert sigmas(uneven, "dataset")[0] == pytest.approx([((2*1 + 2*100)/7)**.5]*4)
     with pytest.raises(InputError, match="'batch'. Valid: dataset"): sigmas(r, "batch")
 
 

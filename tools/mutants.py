@@ -335,6 +335,15 @@ MUTANTS = [Mutant(*row) for row in [
      "test_evaluate.py -k off_policy", 30),
     ("k3 with its sign turned", "measures", "(np.expm1(np.minimum(-r, 80.)) + r)",
      "(np.expm1(np.minimum(r, 80.)) - r)", "test_measures.py -k exact_kl", 30),
+    ("pairs are drawn in place of prompts", "measures",
+     "ids = np.arange(len(values)) if groups is None else",
+     "ids = np.arange(len(values)) if True else",
+     "test_measures.py -k shared_prompts", 0),
+    ("a pooled σ without weights", "measures",
+     "(freedom * sigma.double()**2).sum().item() / max(freedom.sum().item(), 1)",
+     "(sigma.double()**2).mean().item()", "test_measures.py -k prompts_own", 24),
+    ("samples of one random number meet", "measures", "if coupled and gaps.size > 1:", "if False:",
+     "test_measures.py -k common_random", 0),
     ("a judge known by its name", "evaluate", "return fingerprint(source_key(source))[:12]",
      "return fingerprint(source)[:12]", "test_evaluate.py -k changed_judge", 11),]]
 
