@@ -161,8 +161,9 @@ def _unbroken(paths):
     shards = [re.search(r"^(.*?)(\d+)-of-(\d+)\.", p.name) for p in paths]
     for (name, total), found in Counter((m[1], m[3]) for m in shards if m).items():
         if found != int(total):
-            raise InputError(f"{paths[0].parent}: only {found} of {int(total)} shards '{name}*' "
-                             "exist. Let the stage that writes them finish first.")
+            raise InputError(f"{paths[0].parent} has {found} of {int(total)} shards '{name}*', the "
+                             "others are missing. Run the stage that writes these parts again: it "
+                             "resumes.")
     return paths
 
 # %% ../nbs/foundations/04_data.ipynb #b7938ca2
