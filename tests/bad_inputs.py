@@ -513,7 +513,7 @@ COMMAND_LINES = {
                   "not set"),
     "no candidates": (["score", "--output_dir", "{own}/o"], "candidates", "not set"),
     "no output folder": (["score", "--candidates", "{scored}"], "output_dir"),
-    "calibrate without anything": (["calibrate", "--output_dir", "{own}/o"], "`model`"),
+    "calibrate without anything": (["calibrate", "--output_dir", "{own}/o"], "model is not set"),
     "report without a run": (["report", "--output_dir", "{own}/o"], "run is not set"),
     "field of a field": (["run", "demo", "--sample.n.m", "3"], "n", "no fields"),
 }

@@ -75,8 +75,8 @@ def test_a_signal_ends_a_run_with_the_command_that_goes_on(machine, whole, tmp_p
     time.sleep(whole[1]["sft"] / 2)
     assert call.kill(signum) == status
     said = sentence(call.said())
-    assert said.startswith(f"vcb: stopped by {signal.Signals(signum).name} in sft. To go on where")
-    program, *words = shlex.split(said.partition("ended: ")[2])
+    assert said.startswith(f"vcb: stopped by {signal.Signals(signum).name} in sft. To resume")
+    program, *words = shlex.split(said.partition("To resume: ")[2])
     assert program == "vcb" and machine.vcb(*words)[0] == 0
     assert not differences(run, whole[0], artefacts(whole[0], "sft")) and not leftovers(run)
 
@@ -92,7 +92,7 @@ def test_a_signal_ends_a_stage_alone(machine, whole, tmp_path):
     while not list((tmp_path/"s").glob("data/part-*")): time.sleep(.002)
     assert call.kill(signal.SIGTERM) == 143
     said = sentence(call.said())
-    assert "SIGTERM in s. To go on" in said and said.endswith(f"--output_dir {tmp_path}/s")
+    assert "SIGTERM in s. To resume" in said and said.endswith(f"--output_dir {tmp_path}/s")
     assert machine.vcb(*sample_alone(whole[0], tmp_path/"s"))[0] == 0
     assert machine.vcb(*sample_alone(whole[0], tmp_path/"other"))[0] == 0
     names = artefacts(tmp_path/"other") - {"manifest.json"} # it names the stage by its folder
@@ -113,7 +113,7 @@ def test_a_full_disk(machine, whole, run, job, file, share):
     for name in later: shutil.rmtree(run/name)
     limit = int(share * (whole[0]/job/file).stat().st_size)
     status, said = machine.vcb(*run_args(run, "--upto", job), file_limit=limit)
-    assert status == 1 and "Free some space. To go on where this ended: vcb" in sentence(said), said
+    assert status == 1 and "Free some space. To resume: vcb" in sentence(said), said
     assert not differences(run, whole[0], artefacts(run, job))
     status, said = machine.vcb(*run_args(run, "--upto", job))
     assert status == 0, said
@@ -159,7 +159,7 @@ def test_a_lost_line(machine, whole, run, finished):
     kept = (run/"sample"/"data"/"part-00000-of-00004.jsonl").stat().st_mtime_ns
     if not finished: cut_off(run, "sample")
     status, said = machine.vcb(*run_args(run))
-    assert status == 0 and (f"{part.name} is gone" if finished else f"{part.name} was cut") in said
+    assert status == 0 and (f"{part.name} is missing" if finished else f"{part.name} was cut") in said
     assert not differences(run, whole[0], artefacts(whole[0]))
     assert (run/"sample"/"data"/"part-00000-of-00004.jsonl").stat().st_mtime_ns == kept
     assert said.count(" done: ") == len(whole[1]) - 1

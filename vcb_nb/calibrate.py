@@ -492,13 +492,12 @@ def load_split(config:CalibrationConfig)->tuple: # (train, eval or None)
         if not getattr(config, name):
             raise InputError(f"{name} is not set. Calibration needs the SFT folder and the scored "
                              "candidates.")
-    tokenizer, held_out = load_tokenizer(config.model), None
+    rows = load_candidates(config.candidates, need=("rewards",))
+    check_stored_ids(rows, load_tokenizer(config.model), config.model, config.candidates)
     if config.reference == "live" and config.reference_model:
         check_same_tokenizer(config.model, config.reference_model)
-    rows = load_candidates(config.candidates, need=("rewards",))
-    check_stored_ids(rows, tokenizer, config.model, config.candidates)
-    if config.eval_candidates: held_out = load_candidates(config.eval_candidates, need=("rewards",))
-    if held_out is not None: return rows, held_out
+    if config.eval_candidates:
+        return rows, load_candidates(config.eval_candidates, need=("rewards",))
     return held_out_split(rows, config.eval_share, config.seed)
 
 def last_metrics(history:list)->dict:
