@@ -249,14 +249,14 @@ def drawn(fig):
 
 
 def test_every_figure_draws_a_real_summary(evaluated):
-    summary = evaluated[1]
+    summary, open_before = evaluated[1], plt.get_fignums()
     for split, judge in (("test", "gold"), ("ood", "reward")):
         drawn(figures.plot_frontier(summary, split, judge, sigma=1.))
         drawn(figures.plot_margins(summary, "sft", judge, split))
         drawn(figures.plot_win_matrix(summary, judge, split))
     for plot in (figures.plot_calibration, figures.plot_rewards, figures.plot_samples):
         drawn(plot(summary))
-    assert not plt.get_fignums(), "figures that were turned into bytes are closed"
+    assert plt.get_fignums() == open_before, "figures that were turned into bytes are closed"
 
 
 def test_calibration_panel_names_slope_and_target(evaluated):

@@ -159,7 +159,8 @@ def test_a_lost_line(machine, whole, run, finished):
     kept = (run/"sample"/"data"/"part-00000-of-00004.jsonl").stat().st_mtime_ns
     if not finished: cut_off(run, "sample")
     status, said = machine.vcb(*run_args(run))
-    assert status == 0 and (f"{part.name} is missing" if finished else f"{part.name} was cut") in said
+    found = f"{part.name} is missing" if finished else f"{part.name} was cut"
+    assert status == 0 and found in said
     assert not differences(run, whole[0], artefacts(whole[0]))
     assert (run/"sample"/"data"/"part-00000-of-00004.jsonl").stat().st_mtime_ns == kept
     assert said.count(" done: ") == len(whole[1]) - 1

@@ -139,9 +139,9 @@ class RewardJudge(Judge):
                  max_prompt_length:int=None, # tokens, where the text is read
                  max_completion_length:int=None, # likewise
                 ):
-        self.model = load_reward_model(path, dtype=dtype, device=device)
         self.tokenizer, self.batch_tokens = load_tokenizer(path), batch_tokens
         self.lengths = max_prompt_length, max_completion_length
+        self.model = load_reward_model(path, dtype=dtype, device=device)
         self.shared = tokenizer is not None and same_tokenizer(self.tokenizer, tokenizer)
         if not self.shared: log.info("%s reads the text with its own tokenizer", path)
 

@@ -152,6 +152,9 @@ def load_tokenizer(path, # folder or Hub name; an adapter folder may leave it to
     if not has_tokenizer(folder):
         if (folder/"adapter_config.json").is_file():
             return load_tokenizer(adapter_base(path, folder), trust)
+        if not (folder/"config.json").is_file():
+            raise InputError(f"{path}: the folder has neither a config.json nor a tokenizer. "
+                             "Give the folder of a saved model.")
         raise InputError(f"{path}: the folder has no tokenizer. "
                          "Save one beside the model, or name one.")
     try: tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
