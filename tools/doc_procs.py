@@ -2,6 +2,7 @@
 source, as in the notebook. nbdev's `rm_export` would hide both; pyproject.toml puts this in its
 place."""
 import ast
+import re
 
 from fastcore.nbio import mk_cell
 from nbdev.process import Processor
@@ -15,10 +16,16 @@ def defined(source):
     return [n.name for n in nodes]
 
 
+def titles(cell):
+    "The headings of a cell that are one word: a link to that name leads there."
+    if cell.cell_type != "markdown": return []
+    return [title.lower() for title in re.findall(r"^#+ (\w+)$", cell.source, re.MULTILINE)]
+
+
 class ShowInternals(Processor):
     "Take exported code out of a page, except for internal definitions, which get an anchor."
     def begin(self):
-        cells, known = [], set()
+        cells, known = [], {name for cell in self.nb.cells for name in titles(cell)}
         for cell in self.nb.cells:
             names = self.internals(cell)
             new = dict.fromkeys(name.lower() for name in names if name.lower() not in known)
