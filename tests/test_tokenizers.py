@@ -38,7 +38,8 @@ def test_a_policy_gets_a_row_for_every_token(tokenizer):
 
 
 def test_tokenizer_mistakes_are_named(base, tmp_path, sft_adapter):
-    with pytest.raises(InputError, match="no tokenizer"): load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="neither a config.json nor a tokenizer"):
+        load_tokenizer(tmp_path)
     folder, _ = sft_adapter
     for file in folder.glob("tokenizer*"): file.unlink()
     assert load_tokenizer(folder).get_vocab() == load_tokenizer(base).get_vocab()

@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/models.html.md"""
 __all__ = ['disable_dropout', 'new_policy']
 
 # %% ../nbs/foundations/08_models.ipynb #ba114834
-import inspect, math, os
+import inspect
 
 import torch
 from huggingface_hub.errors import StrictDataclassError

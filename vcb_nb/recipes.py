@@ -8,7 +8,6 @@ Docs: https://vcb-nb.github.io/vcb_nb/runs/recipes.html.md"""
 __all__ = ['check_recipe', 'load_recipe', 'save_recipe']
 
 # %% ../nbs/runs/02_recipes.ipynb #10f12c9c
-import re
 from pathlib import Path
 import yaml
 from .artifacts import InputError, atomic_write, did_you_mean

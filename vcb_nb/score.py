@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/stages/score.html.md"""
 __all__ = ['ScoreConfig', 'score']
 
 # %% ../nbs/stages/05_score.ipynb #f67dc9b6
-import logging, math, statistics, time
+import logging, statistics, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 

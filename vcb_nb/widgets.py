@@ -152,16 +152,12 @@ def _static(figure):
         ax.spines[["top", "right"]].set_visible(False)
     return bars, ratios, plane
 
-class BenchFigure:
-    """The bench's picture: made once, then only its moving artists change.
-
-    `draw` sets their data; `figure` can be shown or saved as any other; `png` is the fast way,
-    which keeps axes, titles and legend as pixels and draws only the moving artists over them."""
-    def __init__(self, size:tuple=(10.6, 3.9), dpi:int=92):
-        self.figure = Figure(figsize=size, dpi=dpi, facecolor="white", layout="none")
-        self.canvas, self.methods = FigureCanvasAgg(self.figure), None
-        self.axes_pixels = self.still_pixels = None # before and after the legend
-        self.bars, self.ratios, self.plane = _static(self.figure)
+# %% ../nbs/theory/10_playground.ipynb #d6efc007
+class BenchArtists:
+    "The three panels, the artists that move in them, and a legend once the methods are named."
+    def __init__(self, figure):
+        self.figure, self.methods = figure, None
+        self.bars, self.ratios, self.plane = _static(figure)
         self.moving = self._known() + [a for k in range(2) for a in self._method_artists(k)]
 
     def _known(self):
@@ -188,17 +184,9 @@ class BenchFigure:
         self.ends += self.plane.plot([], [], zorder=3, markersize=8)
         return [*self.heights[k], self.points[k], self.paths[k], self.ends[k]]
 
-    def draw(self, comparison:Comparison) -> "BenchFigure":
-        "Show a comparison of two methods; returns itself, so that calls can be chained."
-        if len(comparison.methods) != 2: raise ValueError("Give two methods to compare.")
-        if comparison.methods != self.methods: self._name(comparison.methods)
-        self._draw_known(comparison)
-        for k, fit in enumerate(comparison.fits): self._draw_fit(k, comparison.world, fit)
-        return self
-
-    def _name(self, methods):
+    def name(self, methods):
         "Give the artists their methods' colours and marks, and the figure its legend."
-        self.methods, self.still_pixels = methods, None
+        self.methods = methods
         for k, name in enumerate(methods):
             style = method_style(name)
             for bar in self.heights[k]: bar.set_facecolor(style["color"])
@@ -209,6 +197,52 @@ class BenchFigure:
         shown = [*self.ends[:len(methods)], self.sft_bars, self.optimum_bars, self.edge]
         self.legend = self.figure.legend(handles=shown, loc="upper center", ncols=len(shown),
                                          frameon=False, fontsize=11)
+
+# %% ../nbs/theory/10_playground.ipynb #d6efc011
+class StillPixels:
+    "A figure's axes and legend kept as pixels, over which only the moving artists are drawn."
+    def __init__(self, figure, moving):
+        self.figure, self.moving, self.canvas = figure, moving, FigureCanvasAgg(figure)
+        self.axes, self.legend = None, None # pixels of the axes; the legend that was kept last
+
+    def png(self, legend) -> bytes:
+        "The picture as it is now; a legend other than the last one is drawn anew."
+        if legend is not self.legend: self._keep(legend)
+        self.canvas.restore_region(self.still)
+        for artist in self.moving: self.figure.draw_artist(artist)
+        file = io.BytesIO()
+        imsave(file, self.canvas.buffer_rgba(), format="png", pil_kwargs={"compress_level": 1})
+        return file.getvalue()
+
+    def _keep(self, legend):
+        if self.axes is None: self.axes = self._draw_axes(legend)
+        self.canvas.restore_region(self.axes)
+        self.figure.draw_artist(legend)
+        self.still, self.legend = self.canvas.copy_from_bbox(self.figure.bbox), legend
+
+    def _draw_axes(self, legend):
+        "The pixels of everything that never moves."
+        for artist in [*self.moving, legend]: artist.set_visible(False)
+        self.canvas.draw()
+        for artist in [*self.moving, legend]: artist.set_visible(True)
+        return self.canvas.copy_from_bbox(self.figure.bbox)
+
+# %% ../nbs/theory/10_playground.ipynb #d6efc012
+class BenchFigure(BenchArtists):
+    """The bench's picture: made once, then only its moving artists change.
+
+    `draw` sets their data; `figure` can be shown or saved as any other; `png` is the fast way."""
+    def __init__(self, size:tuple=(10.6, 3.9), dpi:int=92):
+        super().__init__(Figure(figsize=size, dpi=dpi, facecolor="white", layout="none"))
+        self.pixels = StillPixels(self.figure, self.moving)
+
+    def draw(self, comparison:Comparison) -> "BenchFigure":
+        "Show a comparison of two methods; returns itself, so that calls can be chained."
+        if len(comparison.methods) != 2: raise ValueError("Give two methods to compare.")
+        if comparison.methods != self.methods: self.name(comparison.methods)
+        self._draw_known(comparison)
+        for k, fit in enumerate(comparison.fits): self._draw_fit(k, comparison.world, fit)
+        return self
 
     def _draw_known(self, comparison):
         world, optimum = comparison.world, comparison.optimum
@@ -231,23 +265,7 @@ class BenchFigure:
 
     def png(self) -> bytes:
         "The picture, several times as fast as `savefig`."
-        if self.still_pixels is None: self._keep_still()
-        self.canvas.restore_region(self.still_pixels)
-        for artist in self.moving: self.figure.draw_artist(artist)
-        file = io.BytesIO()
-        imsave(file, self.canvas.buffer_rgba(), format="png", pil_kwargs={"compress_level": 1})
-        return file.getvalue()
-
-    def _keep_still(self):
-        "Draw axes (once) and legend (at a change of methods), and keep the pixels."
-        if self.axes_pixels is None:
-            for artist in [*self.moving, self.legend]: artist.set_visible(False)
-            self.canvas.draw()
-            self.axes_pixels = self.canvas.copy_from_bbox(self.figure.bbox)
-            for artist in [*self.moving, self.legend]: artist.set_visible(True)
-        self.canvas.restore_region(self.axes_pixels)
-        self.figure.draw_artist(self.legend)
-        self.still_pixels = self.canvas.copy_from_bbox(self.figure.bbox)
+        return self.pixels.png(self.legend)
 
 # %% ../nbs/theory/10_playground.ipynb #4da66329
 def bench_controls(first="vcb", second="dpo", gamma=1., candidates=0, seed=0) -> dict:
