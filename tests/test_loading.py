@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, base, logits, make_tokenizer, sft_adapter, tiny, tokenizer
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError
@@ -171,3 +171,56 @@ def test_what_is_no_reward_model_is_refused(base, tokenizer, tmp_path):
     with pytest.raises(InputError, match="score.weight"): load_reward_model(folder)
     (folder/"model.safetensors").rename(folder/"pytorch_model.bin")
     with pytest.raises(InputError, match="pickle"): load_reward_model(folder)
+
+
+SIZES = dict(vocab_size=258, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+WITHOUT_SDPA = {
+    "gemma2": dict(num_key_value_heads=2, head_dim=8, intermediate_size=64), "bloom": {},
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]]), "mamba": {}, "mpt": {},
+    "gpt_oss": dict(num_key_value_heads=2, head_dim=8, intermediate_size=64, num_local_experts=2,
+                    num_experts_per_tok=1)}
+
+
+def stock(architecture, auto_class=AutoModelForCausalLM, **sizes):
+    "A model as transformers builds it."
+    config = AutoConfig.for_model(architecture, **{**SIZES, **sizes})
+    torch.manual_seed(0)
+    return auto_class.from_config(config).eval()
+
+
+@pytest.mark.parametrize("architecture", WITHOUT_SDPA)
+def test_attention_is_what_the_class_supports(tokenizer, tmp_path, architecture):
+    """Policies without a fused attention load, score as transformers computes it, and become reward
+    models where transformers has a head; asking for sdpa gets the reason."""
+    model = stock(architecture, **WITHOUT_SDPA[architecture])
+    folder = save_model(model, tokenizer, tmp_path/"m")
+    back = load_policy(folder)
+    assert back.config._attn_implementation == "eager"
+    torch.testing.assert_close(logits(back), logits(model), atol=1e-6, rtol=1e-6)
+    with pytest.raises(InputError, match="does not support attn_implementation 'sdpa'"):
+        load_policy(folder, attn_implementation="sdpa")
+    if architecture == "mamba":
+        with pytest.raises(InputError, match="no reward model of the architecture mamba"):
+            new_reward_model(folder, tokenizer)
+    else: assert new_reward_model(folder, tokenizer).config._attn_implementation == "eager"
+
+
+def test_both_kinds_of_attention_agree_where_there_are_two(base):
+    default, eager = load_policy(base), load_policy(base, attn_implementation="eager")
+    assert default.config._attn_implementation == "sdpa"
+    assert eager.config._attn_implementation == "eager"
+    torch.testing.assert_close(logits(default), logits(eager), atol=1e-5, rtol=1e-5)
+    with pytest.raises(InputError, match="Did you mean 'eager'"):
+        load_policy(base, attn_implementation="eeger")
+
+
+def test_a_reward_model_without_sdpa(tokenizer, tmp_path):
+    model = stock("deberta-v2", AutoModelForSequenceClassification, num_labels=1,
+                  intermediate_size=64, pad_token_id=1)
+    folder = save_model(model, tokenizer, tmp_path/"rm")
+    scores = reward_scores(load_reward_model(folder), PROMPTS, COMPLETIONS)
+    for p, cs, found in zip(PROMPTS, COMPLETIONS, scores):
+        wanted = [model(torch.tensor([[*p, *c]])).logits.item() for c in cs]
+        assert found == pytest.approx(wanted, abs=1e-5)
+    with pytest.raises(InputError, match="DebertaV2ForSequenceClassification does not support"):
+        load_reward_model(folder, attn_implementation="sdpa")

@@ -67,7 +67,8 @@ GIVEN = {
 OTHER = {
     "world": {"pairs": 11}, "data.pairs": ["b.txt"], "reward.pairs": "b.txt",
     "model": "b.txt", "architecture": "llama",
-    "model_config": {"hidden_size": 64}, "dtype": "bfloat16", "device": "cpu", "policy": "b.txt",
+    "model_config": {"hidden_size": 64}, "dtype": "bfloat16", "device": "cpu",
+    "attn_implementation": "eager", "policy": "b.txt",
     "policies": {"vcb": "b.txt"}, "methods": {"sft": {"method": "sft"}}, "backend": "vllm",
     "calibrate.reference": "live", "pretrain.objective": "completion",
     "objective": "text",

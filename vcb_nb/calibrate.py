@@ -19,7 +19,8 @@ from .adapters import check_lora, fresh_adapter
 from .artifacts import InputError
 from .batches import check_dataset
 from .data import attach_ids, check_stored_ids, load_candidates
-from .loading import check_same_tokenizer, load_policy, load_tokenizer
+from .loading import (LoadingSettings, check_same_tokenizer, load_policy,
+                            load_tokenizer)
 from .logprobs import WAYS, checked_logps, choose_way, lay_out
 from .losses import LOSSES, calibration_metrics, preference_loss, reward_sigma, target_gamma
 from .measures import TWO_CANDIDATES, pad_ragged, pooled_sigma
@@ -49,7 +50,7 @@ def check_loss_params(name:str, params:dict)->None:
 
 # %% ../nbs/stages/06_calibrate.ipynb #248d7b8c
 @dataclass
-class CalibrationConfig(TrainingDefaults):
+class CalibrationConfig(TrainingDefaults, LoadingSettings):
     """Settings of `calibrate`: these, and every field of `TrainingArguments`.
 
     `per_device_train_batch_size` counts prompts, each with all its candidates.
@@ -91,6 +92,7 @@ class CalibrationConfig(TrainingDefaults):
 
     def __post_init__(self):
         self.loss_params = dict(self.loss_params or {})
+        self.check_loading()
         check_loss_params(self.loss, self.loss_params)
         check_choice("way", self.way, WAYS)
         check_choice("sigma", self.sigma, SIGMA)
@@ -454,7 +456,7 @@ class CalibrationTrainer(ReferenceTrainer):
                              "ref_logps. Set reference='live', or give none.")
         source = "" if processing_class else source_of(model, args.model)
         tokenizer = processing_class or load_tokenizer(source)
-        model, reference = (load_policy(m) if isinstance(m, (str, Path)) else m
+        model, reference = (load_policy(m, **args.loading) if isinstance(m, (str, Path)) else m
                             for m in (model, reference))
         set_seed(args.seed) # LoRA draws its first weights
         model = disable_dropout(fresh_adapter(model, peft_config or args.peft_config))

@@ -18,7 +18,8 @@ import torch
 from .artifacts import InputError, did_you_mean, fingerprint, read_json, write_json
 from .data import attach_ids, load_candidates
 from .judges import PolicyJudge, load_judge
-from .loading import as_dtype, check_same_tokenizer, load_tokenizer, pick_device
+from .loading import (LoadingSettings, check_same_tokenizer, load_tokenizer,
+                            pick_device)
 from .measures import (calibration, distinct_n, distinct_share, estimate, kl_estimates,
                              margin, win_tie_lose)
 from .sample import SampleConfig, sample
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 JUDGES = ("gold", "reward")
 
 @dataclass
-class ScoringConfig:
+class ScoringConfig(LoadingSettings):
     "Settings that every evaluation needs."
     limit: int | None = option(None, "Use only the first rows of each file.")
     max_prompt_length: int = option(512, "Tokens kept of a prompt, from its end.")
@@ -43,7 +44,6 @@ class ScoringConfig:
     points: int = option(1000, "Pairs kept for the calibration plot.")
     batch_tokens: int = option(16384, "Tokens scored at once.", decides=False)
     seed: int = option(0, "Seed of samples and bootstrap, the same for every policy.")
-    dtype: str | None = option(None, "Precision of the models; float32 by default.")
     device: str = option("auto", "'auto' uses the accelerator if there is one; or 'cpu', 'cuda:1'.",
                          decides=False)
 
@@ -54,7 +54,7 @@ class ScoringConfig:
         if not 0 < self.level < 1:
             raise InputError(f"level is {self.level}. Set it between 0 and 1, for example to 0.95.")
         pick_device(self.device)
-        as_dtype(self.dtype)
+        self.check_loading()
         judges = filter(None, (getattr(self, name, None) for name in JUDGES))
         for judge in filter(is_function, judges): load_function(judge)
 
@@ -63,7 +63,7 @@ class ScoringConfig:
 
 # %% ../nbs/stages/08_evaluate.ipynb #9c5bee22
 SAMPLING = ("n", "temperature", "top_p", "top_k", "max_prompt_length", "max_new_tokens", "limit",
-            "batch_size", "seed", "dtype", "device")
+            "batch_size", "seed", "dtype", "attn_implementation", "device")
 
 def sampling(config, policy:str, prompts:str, folder)->SampleConfig:
     "The settings of the sampling, the same for every policy."
@@ -160,7 +160,7 @@ def source_mark(source:str)->str: # twelve hexadecimal digits
 # %% ../nbs/stages/08_evaluate.ipynb #9638fcc6
 def _place(config)->dict:
     "Where and how models are run."
-    return dict(dtype=config.dtype, device=config.device, batch_tokens=config.batch_tokens)
+    return dict(device=config.device, batch_tokens=config.batch_tokens, **config.loading)
 
 def add_logps(tables:list, name:str, path:str, mark:str, config)->None:
     "Column `name`: log π(completion | prompt) under the model at `path`, temperature 1, nats."

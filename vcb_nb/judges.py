@@ -138,10 +138,11 @@ class RewardJudge(Judge):
                  batch_tokens:int=16384, # most tokens in a batch
                  max_prompt_length:int=None, # tokens, where the text is read
                  max_completion_length:int=None, # likewise
+                 **loading, # further arguments of `load_reward_model`
                 ):
         self.tokenizer, self.batch_tokens = load_tokenizer(path), batch_tokens
         self.lengths = max_prompt_length, max_completion_length
-        self.model = load_reward_model(path, dtype=dtype, device=device)
+        self.model = load_reward_model(path, dtype=dtype, device=device, **loading)
         self.shared = tokenizer is not None and same_tokenizer(self.tokenizer, tokenizer)
         if not self.shared: log.info("%s reads the text with its own tokenizer", path)
 
@@ -158,9 +159,11 @@ class PolicyJudge(Judge):
                  dtype:str=None, # float32 if not given
                  device:str="auto",
                  batch_tokens:int=16384, # most tokens in a batch
+                 **loading, # further arguments of `load_policy`
                 ):
         named = isinstance(policy, (str, Path))
-        self.model = load_policy(policy, dtype=dtype, device=device) if named else policy
+        place = dict(dtype=dtype, device=device, **loading)
+        self.model = load_policy(policy, **place) if named else policy
         self.batch_tokens = batch_tokens
 
     def judge(self, rows):

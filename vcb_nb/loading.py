@@ -11,6 +11,7 @@ __all__ = ['trusting_remote_code', 'load_tokenizer', 'load_policy', 'new_reward_
 import copy, json, math, os, re
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .artifacts import InputError, reason
 from .models import disable_dropout, random_model
+from .settings import check_choice, option
 from .tokenizers import same_tokenizer, separate_pad_id, separate_padding
 
 # %% ../nbs/foundations/10_loading.ipynb #34e09acb
@@ -217,11 +219,56 @@ def as_dtype(dtype:"str | torch.dtype | None", # None means float32
     if name in DTYPES: return DTYPES[name]
     raise InputError(f"There is no dtype '{dtype}'. Choose one of {', '.join(DTYPES)}.")
 
+# %% ../nbs/foundations/10_loading.ipynb #c3a51e03
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+def check_attention(path, # as the user named the model, for the message
+                    auto_class, config, # which class is going to be loaded
+                    attn_implementation:"str | None", # what was asked for
+                   )->None:
+    "Refuse a way to compute attention that the model's class does not support."
+    if attn_implementation in (None, "eager"): return
+    check_choice("attn_implementation", attn_implementation, ATTENTION)
+    known = auto_class._model_mapping
+    if type(config) not in known: return # the class comes with the model
+    flags = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
+    flag = flags.get(attn_implementation, "_supports_flash_attn")
+    if getattr(known[type(config)], flag, False): return
+    raise InputError(f"{path}: {known[type(config)].__name__} does not support "
+                     f"attn_implementation '{attn_implementation}'. Leave it out, or set it to "
+                     "'eager'.")
+
+# %% ../nbs/foundations/10_loading.ipynb #c3a51e06
+@dataclass(kw_only=True)
+class LoadingSettings:
+    "How a stage loads its models."
+    dtype: str | None = option(None,
+        "Type of the weights, e.g. bfloat16; float32 if not given. Mixed precision in training "
+        "comes from bf16: true, on float32 weights.")
+    attn_implementation: str | None = option(None,
+        "How attention is computed: 'eager', 'sdpa', 'flash_attention_2', …; if not given, sdpa "
+        "where the model supports it, else eager.", decides=False)
+
+    def check_loading(self)->None:
+        "Raise `InputError` for a value that there is not."
+        as_dtype(self.dtype)
+        if self.attn_implementation is not None:
+            check_choice("attn_implementation", self.attn_implementation, ATTENTION)
+
+    @property
+    def loading(self)->dict:
+        "Arguments of `load_policy` and `load_reward_model`."
+        return dict(dtype=self.dtype, attn_implementation=self.attn_implementation)
+
 # %% ../nbs/foundations/10_loading.ipynb #f41318bc
 def _read_model(auto_class, path, folder:Path, config, dtype, **kwargs):
     "Load safetensors weights; a missing tensor is an error, not a random one."
+    check_attention(path, auto_class, config, kwargs.get("attn_implementation"))
     options = dict(config=config, dtype=dtype, use_safetensors=True, output_loading_info=True)
     try: model, info = auto_class.from_pretrained(folder, **options, **kwargs)
+    except ImportError as e:
+        raise InputError(f"{path}: loading it this way needs a package that is not installed "
+                         f"({reason(e)}). Install it, or choose another attn_implementation.") from None
     except LOAD_ERRORS as e:
         raise InputError(f"{path}: the weights cannot be loaded ({reason(e)}). "
                          "Save the model again.") from None
@@ -239,7 +286,7 @@ def _origin(model, path):
 def load_policy(path, # folder or Hub name; a PEFT adapter folder is merged into its base
                 dtype=None, # torch dtype or its name; None: float32
                 device=None, # None: stay on the CPU
-                attn_implementation:str="sdpa", # as in transformers
+                attn_implementation:str=None, # one of `ATTENTION`; None: sdpa if supported
                 trust_remote_code:bool=False, # run Python code that comes with the model
                ): # PreTrainedModel
     "A causal LM with dropout off, from safetensors only; `InputError` says what is wrong."
@@ -285,7 +332,11 @@ def new_reward_model(policy_path, # SFT folder or Hub name; an adapter is merged
     policy = load_policy(policy_path, **kwargs)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    attention = kwargs.get("attn_implementation", "sdpa")
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise InputError(f"{policy_path}: transformers has no reward model of the architecture "
+                         f"{config.model_type}. Train the reward model from another policy.")
+    attention = kwargs.get("attn_implementation")
+    check_attention(policy_path, AutoModelForSequenceClassification, config, attention)
     model = random_model(AutoModelForSequenceClassification, config, seed, attention, policy.dtype)
     model.base_model.load_state_dict(policy.base_model.state_dict())
     model = disable_dropout(_origin(model, policy_path)).to(policy.device)
@@ -295,7 +346,7 @@ def new_reward_model(policy_path, # SFT folder or Hub name; an adapter is merged
 def load_reward_model(path, # folder or Hub name
                       dtype=None, # torch dtype or its name; None: float32
                       device=None, # None: stay on the CPU
-                      attn_implementation:str="sdpa", # as in transformers
+                      attn_implementation:str=None, # one of `ATTENTION`; None: sdpa if supported
                      ): # PreTrainedModel with one label
     "A reward model, dropout off, with a padding id of its own; `InputError` for anything else."
     folder = model_folder(path)

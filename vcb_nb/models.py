@@ -89,7 +89,7 @@ def _sizes(valid:set, # names the config class knows
 def random_model(auto_class, # such as AutoModelForCausalLM
                  config, # of `new_config`, or of another model
                  seed:int=0, # of the weights
-                 attn_implementation:str="sdpa", # as in transformers
+                 attn_implementation:str=None, # as in transformers; None: sdpa if supported
                  dtype:torch.dtype=torch.float32, # of the weights
                 ): # PreTrainedModel
     "A model with random weights in the shape of a config; the same seed gives the same weights."

@@ -21,7 +21,7 @@ from .adapters import add_lora, check_lora
 from .artifacts import InputError, write_json
 from .batches import pad_rows
 from .data import encode_completion, encode_prompt, load_pairs, load_rows
-from .loading import as_dtype, load_tokenizer, new_reward_model
+from .loading import LoadingSettings, load_tokenizer, new_reward_model
 from .measures import reward_metrics
 from .settings import REQUIRED, check_least, check_required, option
 from .training import (EvenTrainer, TrainingDefaults, check_share, checkpoint_args,
@@ -77,14 +77,12 @@ def pair_loss(outputs, labels, num_items_in_batch=None, *, center_coefficient:fl
 
 # %% ../nbs/stages/03_reward.ipynb #28bef69c
 @dataclass
-class RewardConfig(TrainingDefaults):
+class RewardConfig(TrainingDefaults, LoadingSettings):
     "Train a reward model on pairs, from the SFT policy's trunk."
     output_dir: str = option("runs/reward", "Folder for everything this stage writes.",
                              decides=False)
     model: str = option(REQUIRED, "SFT policy whose trunk is used: a folder or a hub name.",
                         source=True)
-    dtype: str = option("float32",
-        "Type of the weights. Mixed precision comes from bf16: true, on float32 weights.")
     pairs: str = option(REQUIRED,
         "Comparisons (prompt, chosen, rejected, maybe margin): a file, a folder, or a hub name.",
         source=True)
@@ -109,7 +107,7 @@ class RewardConfig(TrainingDefaults):
         check_least(self, max_prompt_length=1, max_length=2, n_bins=1, center_rewards_coefficient=0)
         check_share(self.eval_share)
         check_lora(self.peft_config)
-        as_dtype(self.dtype)
+        self.check_loading()
         if self.max_prompt_length >= self.max_length:
             raise InputError(f"max_prompt_length ({self.max_prompt_length}) leaves no room for a "
                              f"completion in max_length ({self.max_length}). Lower the first.")
@@ -172,7 +170,7 @@ def train_reward(config:RewardConfig)->dict: # accuracy, accuracy_interval, ece,
     "Run the stage: writes `output_dir/model` and `evaluation.json`; resumes a killed run."
     set_seed(config.seed)
     tokenizer = load_tokenizer(str(config.model))
-    model = new_reward_model(str(config.model), tokenizer, seed=config.seed, dtype=config.dtype)
+    model = new_reward_model(str(config.model), tokenizer, seed=config.seed, **config.loading)
     model = add_lora(model, config.peft_config)
     train, held_out, dropped = reward_datasets(config, tokenizer)
     trainer = reward_trainer(config, model, tokenizer, train, held_out)

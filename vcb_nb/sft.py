@@ -21,7 +21,7 @@ from .adapters import add_lora, check_lora
 from .artifacts import InputError
 from .batches import pad_rows
 from .data import encode_completion, encode_prompt, load_demonstrations, load_rows, load_texts
-from .loading import as_dtype, load_policy, load_tokenizer
+from .loading import LoadingSettings, load_policy, load_tokenizer
 from .models import check_architecture, new_policy
 from .settings import REQUIRED, check_choice, check_least, check_required, option
 from .tokenizers import match_tokenizer
@@ -66,7 +66,7 @@ def pack_texts(tokenizer, texts, # iterable of str
 
 # %% ../nbs/stages/02_sft.ipynb #2997e53a
 @dataclass
-class SFTConfig(TrainingDefaults):
+class SFTConfig(TrainingDefaults, LoadingSettings):
     "Fine-tune `model`, or train a new one, on demonstrations or plain text."
     output_dir: str = option("runs/sft", "Folder for everything this stage writes.", decides=False)
     model: str | None = option(None,
@@ -75,8 +75,6 @@ class SFTConfig(TrainingDefaults):
         "Architecture of a new model, as transformers names it: gpt_neox, llama, …")
     model_config: dict | None = option(None,
         "Settings of a new model: hidden_size, num_hidden_layers, …")
-    dtype: str = option("float32",
-        "Type of the weights. Mixed precision comes from bf16: true, on float32 weights.")
     tokenizer: str | None = option(None, "Folder or hub name. None takes the model's.",
                                    source=True)
     data: str = option(REQUIRED,
@@ -102,7 +100,7 @@ class SFTConfig(TrainingDefaults):
         check_least(self, max_prompt_length=1, max_length=2)
         check_share(self.eval_share)
         check_lora(self.peft_config)
-        as_dtype(self.dtype)
+        self.check_loading()
         if self.model is None: check_architecture(self.architecture, self.model_config or ())
         if self.model is None and self.tokenizer is None:
             raise InputError("Neither model nor tokenizer is set. Name a tokenizer for the new "
@@ -119,7 +117,7 @@ def _make_model(config:SFTConfig):
     if config.model is None:
         sizes = config.model_config or {}
         model = new_policy(tokenizer, config.architecture, seed=config.seed, **sizes)
-    else: model = match_tokenizer(load_policy(str(config.model), dtype=config.dtype), tokenizer)
+    else: model = match_tokenizer(load_policy(str(config.model), **config.loading), tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and config.max_length > limit:
         raise InputError(f"max_length is {config.max_length}, but the model reads at most {limit} "
