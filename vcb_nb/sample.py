@@ -22,8 +22,8 @@ from transformers import DynamicCache
 from .artifacts import InputError, Progress
 from .batches import accepts, evaluating, pad_rows, unwrap
 from .data import encode_prompts, load_prompts
-from .loading import (LoadingSettings, as_dtype, load_policy, load_tokenizer, pick_device, read_context,
-                            whole_folder)
+from .loading import (LoadingSettings, as_dtype, load_policy, load_tokenizer, pick_device,
+                            read_context, whole_folder)
 from .packing import logps_of_logits
 from .settings import REQUIRED, check_choice, check_least, check_required, option
 from .shards import complete_parts, read_parts
