@@ -23,6 +23,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequence
                           AutoTokenizer, GenerationConfig)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .adapters import merge_adapter
 from .artifacts import InputError, reason
 from .models import disable_dropout, random_model
 from .settings import check_choice, option
@@ -361,7 +362,7 @@ def _check_causal(path, config):
 def _merge_adapter(path, folder:Path, **kwargs):
     "Load an adapter's base (which may be an adapter too) in fp32 and merge the adapter into it."
     base = load_policy(adapter_base(path, folder), **kwargs)
-    try: model = PeftModel.from_pretrained(base, folder).merge_and_unload(safe_merge=True)
+    try: model = merge_adapter(PeftModel.from_pretrained(base, folder))
     except (*LOAD_ERRORS, AttributeError) as e:
         raise InputError(f"{path}: the adapter cannot be merged into its base ({reason(e)}). "
                          "Give the folder of a merged model.") from None

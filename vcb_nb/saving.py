@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 from peft import PeftModel
 
+from .adapters import merge_adapter
 from .artifacts import InputError, atomic_dir, reason
 from .loading import LOAD_ERRORS, mend_generation
 
@@ -25,7 +26,7 @@ def save_model(model, # PreTrainedModel or PeftModel; left as it is
               )->Path:
     "Save a model as a folder of safetensors, whole or not at all."
     if isinstance(model, PeftModel):
-        if merge: model = copy.deepcopy(model).merge_and_unload(safe_merge=True)
+        if merge: model = merge_adapter(copy.deepcopy(model))
         elif not model.get_base_model().name_or_path:
             raise InputError(f"{path}: the adapter's base was never saved, so the adapter could "
                              "not be loaded. Save and load the base first, or set merge=True.")
