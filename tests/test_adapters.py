@@ -1,10 +1,13 @@
 "Adapters: LoRA starts at the reference, trains under checkpointing, and its mistakes are named."
 import pytest, torch
+from peft import PeftModel
 from tiny_models import ARCHITECTURES, IDS, base, logits, sft_adapter, tiny, tokenizer
+from transformers import AutoModelForCausalLM
 
 from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError
 from vcb_nb.loading import load_policy
+from vcb_nb.logprobs import score_logps
 from vcb_nb.saving import save_model
 
 
@@ -63,3 +66,66 @@ def test_lora_mistakes_are_named(base, tokenizer, tmp_path):
     with pytest.raises(InputError, match="merged"): add_lora(homeless, {"r": 2})
     with pytest.raises(InputError, match="merge=True"):
         save_model(homeless, None, tmp_path/"m", merge=False)
+
+
+PROMPTS, COMPLETIONS = [[5, 6, 7], [8, 9]], [[[9, 10, 0], [11, 12]], [[13], [14, 15, 0]]]
+
+
+def table(model): return torch.tensor(sum(score_logps(model, PROMPTS, COMPLETIONS), []))
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def tied(request, tokenizer, tmp_path_factory):
+    "A model that reads one matrix twice: its folder, the names of its embedding and its head."
+    model = tiny(tokenizer, request.param, tie_word_embeddings=True)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    embedding = {"llama": "embed_tokens", "gpt2": "wte"}[request.param]
+    folder = tmp_path_factory.mktemp("tied")/request.param
+    return save_model(model, tokenizer, folder), embedding, "lm_head"
+
+
+TIED = {"head": lambda emb, head: dict(target_modules=[head]),
+        "embedding": lambda emb, head: dict(target_modules=[emb]),
+        "both": lambda emb, head: dict(target_modules=[emb, head]),
+        "DoRA on the head": lambda emb, head: dict(target_modules=[head], use_dora=True),
+        "head in full": lambda emb, head: dict(modules_to_save=[head]),
+        "embedding in full": lambda emb, head: dict(modules_to_save=[emb]),
+        "one of each": lambda emb, head: dict(target_modules=[head], modules_to_save=[emb]),
+        "two tokens": lambda emb, head: dict(trainable_token_indices=[5, 6])}
+
+
+@pytest.mark.parametrize("how", TIED)
+def test_an_adapter_on_a_tied_matrix_is_saved_as_it_was_trained(tied, tokenizer, tmp_path, how):
+    """Merged or not, here and in transformers and peft, also where somebody else's adapter is
+    loaded, and where a second one is put on top."""
+    folder, *names = tied
+    model = add_lora(load_policy(folder), {"r": 4, **TIED[how](*names)})
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        if p.requires_grad: p.data += .3 * torch.randn(p.shape, generator=generator)
+    expected, wanted = logits(model.eval()), table(model)
+    assert not torch.allclose(expected, logits(load_policy(folder)), atol=.5)
+    merged = save_model(model, tokenizer, tmp_path/"merged")
+    adapter = save_model(model, tokenizer, tmp_path/"adapter", merge=False)
+    torch.testing.assert_close(logits(model), expected)
+    plain = AutoModelForCausalLM.from_pretrained
+    second = add_lora(load_policy(adapter), {"r": 2})
+    for back in (load_policy(merged), plain(merged), load_policy(adapter), second,
+                 PeftModel.from_pretrained(plain(folder), adapter)):
+        torch.testing.assert_close(logits(back.eval()), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(table(load_policy(merged)), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_untied_is_only_what_an_adapter_changes(tied, tokenizer, tmp_path):
+    folder, *_ = tied
+    model = add_lora(load_policy(folder), {"r": 2, "init_lora_weights": False})
+    back = load_policy(save_model(model, tokenizer, tmp_path/"m"))
+    assert back.lm_head.weight is back.get_input_embeddings().weight
+    assert back.config.tie_word_embeddings
+
+
+def test_tied_adapters_are_refused_before_training(tokenizer):
+    "peft makes one adapter of the other's transpose, and that cannot be copied or merged."
+    model = tiny(tokenizer, "llama", tie_word_embeddings=True)
+    settings = dict(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    with pytest.raises(InputError, match="ensure_weight_tying"): add_lora(model, settings)

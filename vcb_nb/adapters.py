@@ -11,6 +11,8 @@ __all__ = ['add_lora']
 import inspect
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from .artifacts import InputError, did_you_mean, reason
 
@@ -45,13 +47,40 @@ def add_lora(model, # PreTrainedModel, changed in place
     except ValueError as e:
         raise InputError(f"peft_config does not fit the model ({reason(e)}). "
                          "Correct target_modules, or leave it out.") from None
+    if any(getattr(c, "target_modules_to_tie", None) for c in model.peft_config.values()):
+        raise InputError("peft_config: adapters that ensure_weight_tying ties cannot be merged or "
+                         "saved. Leave it out: a layer that is changed is untied then.")
     # Without it, re-entrant gradient checkpointing gives the adapters no gradient.
     model.enable_input_require_grads()
+    return model
+
+# %% ../nbs/foundations/09_adapters.ipynb #c3a51e31
+def _untie(model)->bool: # was anything tied?
+    "Give every layer that an adapter changes a matrix of its own."
+    modules = list(model.modules())
+    owners = [id(p) for m in modules for p in m._parameters.values() if p is not None]
+    untied = False
+    for layer in (m.get_base_layer() for m in modules if isinstance(m, BaseTunerLayer)):
+        weight = getattr(layer, "weight", None)
+        if owners.count(id(weight)) < 2: continue
+        owners.remove(id(weight))
+        layer.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        untied = True
+    return untied
+
+def merge_adapter(model:PeftModel, # is used up
+                 ): # PreTrainedModel
+    "Write an adapter into the weights of its model; NaN in it raises `ValueError`."
+    untied = _untie(model)
+    model = model.merge_and_unload(safe_merge=True)
+    if untied:
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
     return model
 
 # %% ../nbs/foundations/09_adapters.ipynb #af102c3d
 def fresh_adapter(model, peft_config:dict|None):
     "Add a LoRA adapter to an SFT model; the one it has is merged first."
     if peft_config is None: return model
-    if hasattr(model, "merge_and_unload"): model = model.merge_and_unload()
+    if hasattr(model, "merge_and_unload"): model = merge_adapter(model)
     return add_lora(model, peft_config)

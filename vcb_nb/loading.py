@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/loading.html.md"""
 __all__ = ['trusting_remote_code', 'load_tokenizer', 'load_policy', 'new_reward_model', 'load_reward_model']
 
 # %% ../nbs/foundations/10_loading.ipynb #a88a72b0
-import copy, json, math, os, re
+import copy, json, logging, math, os, re
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,15 +20,18 @@ from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer)
+                          AutoTokenizer, GenerationConfig)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .adapters import merge_adapter
 from .artifacts import InputError, reason
 from .models import disable_dropout, random_model
 from .settings import check_choice, option
 from .tokenizers import same_tokenizer, separate_pad_id, separate_padding
 
 # %% ../nbs/foundations/10_loading.ipynb #34e09acb
+log = logging.getLogger(__name__)
+
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError,
                SafetensorError)
 
@@ -260,22 +263,65 @@ class LoadingSettings:
         "Arguments of `load_policy` and `load_reward_model`."
         return dict(dtype=self.dtype, attn_implementation=self.attn_implementation)
 
+# %% ../nbs/foundations/10_loading.ipynb #c3a51e12
+_FIRST = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate") # others hang on these
+
+def _is_valid(config)->bool:
+    try: config.validate(strict=True)
+    except ValueError: return False
+    return True
+
+def valid_generation(config:GenerationConfig)->tuple: # (GenerationConfig, names left out)
+    "Every setting that goes with the ones before it; the others keep their default."
+    kept, left_out = type(config)(), []
+    given = {k: v for k, v in vars(config).items() if v != getattr(kept, k, None)}
+    for name in sorted(given, key=lambda k: (k not in _FIRST, k)):
+        before = getattr(kept, name, None)
+        setattr(kept, name, given[name])
+        if not _is_valid(kept):
+            left_out.append(name)
+            setattr(kept, name, before)
+    return kept, left_out
+
+# %% ../nbs/foundations/10_loading.ipynb #c3a51e14
+def check_generation(path, # as the user named the model, for the message
+                     folder:Path, # where its files are
+                    )->None:
+    "Refuse a generation_config.json that cannot be used."
+    if not (folder/"generation_config.json").is_file(): return
+    try: GenerationConfig.from_pretrained(folder)
+    except (*LOAD_ERRORS, AttributeError) as e:
+        raise InputError(f"{path}: generation_config.json cannot be used ({reason(e)}). Correct "
+                         "it, or delete the file.") from None
+
+def mend_generation(model): # the same model
+    "Take settings without effect out of a model's generation config, so that it can be saved."
+    config = getattr(model, "generation_config", None)
+    if config is None or _is_valid(config): return model
+    model.generation_config, left_out = valid_generation(config)
+    log.warning("%s: its generation config contradicts itself. Left out, because it has no effect: "
+                "%s", model.name_or_path or "The model",
+                ", ".join(f"{name} {getattr(config, name)!r}" for name in left_out))
+    return model
+
 # %% ../nbs/foundations/10_loading.ipynb #f41318bc
 def _read_model(auto_class, path, folder:Path, config, dtype, **kwargs):
     "Load safetensors weights; a missing tensor is an error, not a random one."
     check_attention(path, auto_class, config, kwargs.get("attn_implementation"))
+    check_generation(path, folder)
     options = dict(config=config, dtype=dtype, use_safetensors=True, output_loading_info=True)
     try: model, info = auto_class.from_pretrained(folder, **options, **kwargs)
     except ImportError as e:
         raise InputError(f"{path}: loading it this way needs a package that is not installed "
-                         f"({reason(e)}). Install it, or choose another attn_implementation.") from None
+                         f"({reason(e)}). Install it, or choose another "
+                         "attn_implementation.") from None
     except LOAD_ERRORS as e:
         raise InputError(f"{path}: the weights cannot be loaded ({reason(e)}). "
                          "Save the model again.") from None
     if info["missing_keys"]:
         raise InputError(f"{path}: the weights lack {sorted(info['missing_keys'])[0]}, which would "
                          "be random. Give the folder of a complete model.")
-    return _origin(model, path)
+    return mend_generation(_origin(model, path))
 
 def _origin(model, path):
     "Remember what the model was loaded from: a LoRA adapter saved later names it as its base."
@@ -316,7 +362,7 @@ def _check_causal(path, config):
 def _merge_adapter(path, folder:Path, **kwargs):
     "Load an adapter's base (which may be an adapter too) in fp32 and merge the adapter into it."
     base = load_policy(adapter_base(path, folder), **kwargs)
-    try: model = PeftModel.from_pretrained(base, folder).merge_and_unload(safe_merge=True)
+    try: model = merge_adapter(PeftModel.from_pretrained(base, folder))
     except (*LOAD_ERRORS, AttributeError) as e:
         raise InputError(f"{path}: the adapter cannot be merged into its base ({reason(e)}). "
                          "Give the folder of a merged model.") from None

@@ -10,10 +10,13 @@ __all__ = ['save_model']
 # %% ../nbs/foundations/11_saving.ipynb #43fbcc9d
 import copy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from peft import PeftModel
 
-from .artifacts import InputError, atomic_dir
+from .adapters import merge_adapter
+from .artifacts import InputError, atomic_dir, reason
+from .loading import LOAD_ERRORS, mend_generation
 
 # %% ../nbs/foundations/11_saving.ipynb #24bc142a
 def save_model(model, # PreTrainedModel or PeftModel; left as it is
@@ -23,13 +26,30 @@ def save_model(model, # PreTrainedModel or PeftModel; left as it is
               )->Path:
     "Save a model as a folder of safetensors, whole or not at all."
     if isinstance(model, PeftModel):
-        if merge: model = copy.deepcopy(model).merge_and_unload(safe_merge=True)
+        if merge: model = merge_adapter(copy.deepcopy(model))
         elif not model.get_base_model().name_or_path:
             raise InputError(f"{path}: the adapter's base was never saved, so the adapter could "
                              "not be loaded. Save and load the base first, or set merge=True.")
     for config in filter(None, (model.config, getattr(model, "generation_config", None))):
         if getattr(config, "use_cache", None) is False: config.use_cache = True
+    if not isinstance(model, PeftModel): mend_generation(model)
     with atomic_dir(path) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None: tokenizer.save_pretrained(folder)
     return Path(path)
+
+# %% ../nbs/foundations/11_saving.ipynb #c3a51e22
+def rehearse_saving(model, # PreTrainedModel or PeftModel
+                    tokenizer, # None: none
+                   )->None:
+    "Save all but the weights into a folder that is thrown away; `InputError` where that fails."
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    mend_generation(model)
+    parts = [model.config, getattr(model, "generation_config", None), tokenizer]
+    with TemporaryDirectory() as folder:
+        for part in filter(lambda part: part is not None, parts):
+            try: part.save_pretrained(folder)
+            except (*LOAD_ERRORS, AttributeError, NotImplementedError) as e:
+                raise InputError(f"The trained model could not be saved: its "
+                                 f"{type(part).__name__} is refused ({reason(e)}). Correct it "
+                                 "before training.") from None

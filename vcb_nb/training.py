@@ -21,7 +21,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import TrainOutput
 
 from .artifacts import InputError, Progress, fingerprint, write_jsonl
-from .saving import save_model
+from .saving import rehearse_saving, save_model
 from .settings import check_above, check_choice, check_least, option, record_settings
 
 # %% ../nbs/foundations/17_training.ipynb #bad11747
@@ -323,6 +323,7 @@ def run_training(trainer:Trainer, # its `args` come from `checkpoint_args(config
     weights, optimizer, schedule, random state and position in the data: the result equals that of
     an undisturbed run.
     """
+    rehearse_saving(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
     bar = _own_progress(trainer, desc)
     try:
         with _names_are_settled(): output = _train(trainer, resume_point(trainer, config))
