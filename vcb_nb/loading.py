@@ -25,8 +25,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .adapters import merge_adapter
 from .artifacts import InputError, reason
-from .models import disable_dropout, random_model
+from .models import check_finite, disable_dropout, random_model
 from .settings import check_choice, option
+from .shards import rank_and_world
 from .tokenizers import same_tokenizer, separate_pad_id, separate_padding
 
 # %% ../nbs/foundations/10_loading.ipynb #34e09acb
@@ -321,6 +322,7 @@ def _read_model(auto_class, path, folder:Path, config, dtype, **kwargs):
     if info["missing_keys"]:
         raise InputError(f"{path}: the weights lack {sorted(info['missing_keys'])[0]}, which would "
                          "be random. Give the folder of a complete model.")
+    if rank_and_world()[0] == 0: check_finite(model, path) # FSDP leaves the others' weights empty
     return mend_generation(_origin(model, path))
 
 def _origin(model, path):

@@ -22,8 +22,8 @@ from transformers import DynamicCache
 from .artifacts import InputError, Progress
 from .batches import accepts, evaluating, pad_rows, unwrap
 from .data import encode_prompts, load_prompts
-from .loading import (as_dtype, load_policy, load_tokenizer, pick_device, read_context,
-                            whole_folder)
+from .loading import (LoadingSettings, as_dtype, load_policy, load_tokenizer, pick_device,
+                            read_context, whole_folder)
 from .packing import logps_of_logits
 from .settings import REQUIRED, check_choice, check_least, check_required, option
 from .shards import complete_parts
@@ -253,7 +253,7 @@ BACKENDS = ("transformers", "vllm")
 
 # %% ../nbs/stages/04_sample.ipynb #624d7694
 @dataclass
-class SampleConfig:
+class SampleConfig(LoadingSettings):
     "What to sample, from which policy, and where to write it."
     policy: str = option(REQUIRED, "Model folder or hub name to draw from: the SFT model.",
                          source=True)
@@ -275,7 +275,6 @@ class SampleConfig:
     shard_size: int = option(128, "Prompts per part; a killed run loses one part at most.")
     limit: int | None = option(None, "Use only this many prompts, from the first on.")
     seed: int = option(0, "Seed of the samples.")
-    dtype: str | None = option(None, "Precision, e.g. bfloat16; float32 if not given.")
     device: str = option("auto", "'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'.", decides=False)
 
     def __post_init__(self):
@@ -283,7 +282,7 @@ class SampleConfig:
         check_least(self, n=1, max_prompt_length=1, max_new_tokens=1, batch_size=1, shard_size=1,
                     limit=1, top_k=0, temperature=0, seed=0)
         pick_device(self.device)
-        as_dtype(self.dtype)
+        self.check_loading()
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}. Set it above 0 and at most to 1.")
         check_choice("backend", self.backend, BACKENDS)
@@ -317,7 +316,7 @@ def load_sampler(config:SampleConfig, tokenizer, length:int):
     if config.backend == "vllm":
         engine = load_vllm(whole_folder(config.policy), length, config.dtype)
         return partial(vllm_candidates, engine, tokenizer)
-    model = load_policy(config.policy, dtype=config.dtype, device=config.device)
+    model = load_policy(config.policy, device=config.device, **config.loading)
     return partial(sample_candidates, model, tokenizer, batch_size=config.batch_size)
 
 def _rows_of_part(config, part:int, prompts:list)->range:

@@ -17,7 +17,7 @@ import torch
 from .artifacts import InputError, Progress
 from .data import candidate_parts
 from .judges import PolicyJudge, load_judge
-from .loading import as_dtype, load_tokenizer, pick_device
+from .loading import LoadingSettings, load_tokenizer, pick_device
 from .losses import reward_sigma
 from .settings import (REQUIRED, check_least, check_required, is_function, load_function,
                              option)
@@ -47,7 +47,7 @@ def score_rows(rows:list, # candidate rows
 
 # %% ../nbs/stages/05_score.ipynb #06d6c185
 @dataclass
-class ScoreConfig:
+class ScoreConfig(LoadingSettings):
     "Which candidates to score, with what, and where to."
     candidates: str = option(REQUIRED,
         "Candidates: the sample stage's folder, or any n-best list.", source=True)
@@ -63,7 +63,6 @@ class ScoreConfig:
     batch_tokens: int = option(16384, "Tokens scored at once, padding included.", decides=False)
     shard_size: int = option(512,
         "Prompts per part, where the candidates do not come in parts.")
-    dtype: str | None = option(None, "Precision, e.g. bfloat16; float32 if not given.")
     device: str = option("auto", "'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'.", decides=False)
 
     def __post_init__(self):
@@ -71,7 +70,7 @@ class ScoreConfig:
         check_least(self, max_prompt_length=1, max_completion_length=1, batch_tokens=1,
                     shard_size=1)
         pick_device(self.device)
-        as_dtype(self.dtype)
+        self.check_loading()
         if self.reward and is_function(self.reward): load_function(self.reward)
 
 # %% ../nbs/stages/05_score.ipynb #74424852
@@ -108,7 +107,7 @@ def score(config:ScoreConfig)->dict: # summary: counts, mean reward, mean σ(x),
 # %% ../nbs/stages/05_score.ipynb #7dffe111
 def load_judges(config, tokenizer)->tuple: # what gives the rewards, what the log-probabilities
     "The reward and the reference of a config, each None where there is none."
-    place = dict(dtype=config.dtype, device=config.device, batch_tokens=config.batch_tokens)
+    place = dict(device=config.device, batch_tokens=config.batch_tokens, **config.loading)
     lengths = dict(max_prompt_length=config.max_prompt_length,
                    max_completion_length=config.max_completion_length)
     judge = load_judge(config.reward, tokenizer, **place, **lengths) if config.reward else None
