@@ -11,7 +11,12 @@ IMAGE = "document.querySelector('.jp-OutputArea img.widget-image')"
 HANDLE = ("[...document.querySelectorAll('.jp-OutputArea .widget-inline-hbox')]"
           ".find(w => w.querySelector('.widget-label')?.textContent.includes({label!r}))"
           "?.querySelector('.noUi-handle')")
-PIXELS = f"""(() => {{ const image = {IMAGE}, canvas = document.createElement('canvas');
+# A hash of the picture's pixels, once it is decoded: one that is being replaced has none.
+PIXELS = f"""(async () => {{
+  for (let tries = 0; ; tries++)
+    try {{ await {IMAGE}.decode(); break }}
+    catch (e) {{ if (tries > 300) throw e; await new Promise(requestAnimationFrame) }}
+  const image = {IMAGE}, canvas = document.createElement('canvas');
   canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
   const context = canvas.getContext('2d'); context.drawImage(image, 0, 0);
   return context.getImageData(0, 0, canvas.width, canvas.height).data
