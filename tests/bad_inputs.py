@@ -341,6 +341,8 @@ MODELS = [
          ("nobody/nothing", "Hub", "Correct the name")),
     Case("attention of no kind", "sample", {"attn_implementation": "spda"},
          ("attn_implementation is 'spda'", "Did you mean 'sdpa'?")),
+    Case("revision of a folder", "score", {"revision": "main"},
+         ("revision is 'main'", "policy is a folder", "Leave revision out")),
     policy("no weights", without("*.safetensors"), "no safetensors"),
     policy("pickled weights only", pickled, "pickle", "safetensors"),
     policy("truncated weights", truncated, "weights cannot be loaded"),

@@ -88,8 +88,8 @@ OTHER = {
 BESIDE = {"load_best_model_at_end": {"eval_strategy": "epoch", "save_strategy": "epoch"},
           "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
           "data.pairs": {"world": None}}
-# Needs a GPU, a package or a process group: what is declared is compared with the key alone.
-CANNOT = {"tf32", "fsdp", "deepspeed", "ddp_backend"}
+# Needs a GPU, a package, a process group or the Hub: what is declared is compared with the key alone.
+CANNOT = {"tf32", "fsdp", "deepspeed", "ddp_backend", "revision"}
 
 
 def of_setting(table, stage, name, default):

@@ -9,6 +9,7 @@ __all__ = ['add_lora']
 
 # %% ../nbs/foundations/09_adapters.ipynb #d6081087
 import inspect
+from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -50,6 +51,10 @@ def add_lora(model, # PreTrainedModel, changed in place
     if any(getattr(c, "target_modules_to_tie", None) for c in model.peft_config.values()):
         raise InputError("peft_config: adapters that ensure_weight_tying ties cannot be merged or "
                          "saved. Leave it out: a layer that is changed is untied then.")
+    for config in model.peft_config.values(): # as peft names a base on the Hub
+        name, _, revision = str(config.base_model_name_or_path or "").partition("@")
+        if revision and not Path(config.base_model_name_or_path).exists():
+            config.base_model_name_or_path, config.revision = name, revision
     # Without it, re-entrant gradient checkpointing gives the adapters no gradient.
     model.enable_input_require_grads()
     return model

@@ -36,6 +36,7 @@ JUDGES = ("gold", "reward")
 @dataclass
 class ScoringConfig(LoadingSettings):
     "Settings that every evaluation needs."
+    first_model = "reference"
     limit: int | None = option(None, "Use only the first rows of each file.")
     max_prompt_length: int = option(512, "Tokens kept of a prompt, from its end.")
     max_new_tokens: int = option(128, "Most tokens of a sample or completion.")

@@ -56,8 +56,24 @@ _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 def _names_a_folder(path:str)->bool:
     "Is it a path that is missing, rather than a name on the Hub?"
-    hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.startswith(".")
-    return not hub_name or ("/" in path and Path(path).parent.is_dir())
+    hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", path) and not path.startswith(".")
+    return not hub_name or ("/" in path and Path(path.partition("@")[0]).parent.is_dir())
+
+def split_revision(path)->tuple: # (folder or Hub name, revision or None)
+    "Separate the revision from 'name@revision'."
+    name, _, revision = str(path).partition("@")
+    return (str(path), None) if Path(path).exists() else (name, revision or None)
+
+def at_revision(path, revision:str, # branch, tag or commit
+               )->str: # 'name@revision'
+    "Name a revision of a model on the Hub; `InputError` for a folder, which has none."
+    path, revision = str(path), str(revision)
+    if path.endswith(f"@{revision}"): return path
+    if Path(path).expanduser().exists() or _names_a_folder(path):
+        raise InputError(f"revision is '{revision}', and {path} is a folder. Only a model named by "
+                         "its name on the Hub has revisions. Leave revision out.")
+    if "@" in path: raise InputError(f"{path} and revision '{revision}' differ. Leave one out.")
+    return f"{path}@{revision}"
 
 def model_folder(path, # folder, or name on the Hub
                  weights:bool=True, # False: tokenizer and config only
@@ -70,10 +86,13 @@ def model_folder(path, # folder, or name on the Hub
         raise InputError(f"{path}: there is no such model folder. "
                          "Train it first, or correct the path.")
     wanted = _TEXT_FILES + ["*.safetensors"] * weights + ["*.py"] * trust_remote_code
-    try: return Path(snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=["*/*"]))
+    name, revision = split_revision(path)
+    try: return Path(snapshot_download(name, revision=revision, allow_patterns=wanted,
+                                       ignore_patterns=["*/*"]))
     except (OSError, ValueError, HfHubHTTPError) as e:
         raise InputError(f"{path}: neither a folder nor a model available on the Hub "
-                         f"({reason(e)}). Correct the name, or download the model and give "
+                         f"({reason(e)}). Correct the name{' or the revision' * bool(revision)}, "
+                         "or download the model and give "
                          "its folder.") from None
 
 # %% ../nbs/foundations/10_loading.ipynb #f4025cac
@@ -121,7 +140,9 @@ def adapter_base(path, # as the user named the adapter, for the message
     if not base or not isinstance(base, str):
         raise InputError(f"{path}: adapter_config.json names no base model. "
                          "Set base_model_name_or_path there.")
-    return folder/base if not Path(base).is_dir() and (folder/base).is_dir() else base
+    if not Path(base).is_dir() and (folder/base).is_dir(): return folder/base
+    revision = settings.get("revision")
+    return at_revision(base, revision) if revision and not Path(base).exists() else base
 
 # %% ../nbs/foundations/10_loading.ipynb #1ab2c3d4
 def read_context(path, # folder or Hub name of a policy, or of an adapter
@@ -251,12 +272,20 @@ class LoadingSettings:
     attn_implementation: str | None = option(None,
         "How attention is computed: 'eager', 'sdpa', 'flash_attention_2', …; if not given, sdpa "
         "where the model supports it, else eager.", decides=False)
+    revision: str | None = option(None,
+        "Branch, tag or commit of the stage's first model, where that is a name on the Hub. Of "
+        "other models write name@revision.")
+
+    first_model = "model" # the setting that `revision` is about
 
     def check_loading(self)->None:
         "Raise `InputError` for a value that there is not."
         as_dtype(self.dtype)
         if self.attn_implementation is not None:
             check_choice("attn_implementation", self.attn_implementation, ATTENTION)
+        named = getattr(self, self.first_model, None)
+        if self.revision and named:
+            setattr(self, self.first_model, at_revision(named, self.revision))
 
     @property
     def loading(self)->dict:

@@ -255,6 +255,7 @@ BACKENDS = ("transformers", "vllm")
 @dataclass
 class SampleConfig(LoadingSettings):
     "What to sample, from which policy, and where to write it."
+    first_model = "policy"
     policy: str = option(REQUIRED, "Model folder or hub name to draw from: the SFT model.",
                          source=True)
     prompts: str = option(REQUIRED,

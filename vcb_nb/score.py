@@ -49,6 +49,7 @@ def score_rows(rows:list, # candidate rows
 @dataclass
 class ScoreConfig(LoadingSettings):
     "Which candidates to score, with what, and where to."
+    first_model = "reference"
     candidates: str = option(REQUIRED,
         "Candidates: the sample stage's folder, or any n-best list.", source=True)
     output_dir: str = option(REQUIRED,

@@ -102,6 +102,9 @@ class SFTConfig(TrainingDefaults, LoadingSettings):
         check_lora(self.peft_config)
         self.check_loading()
         if self.model is None: check_architecture(self.architecture, self.model_config or ())
+        if self.model is None and self.revision:
+            raise InputError("revision is set, and model is not. Name the model, or leave revision "
+                             "out.")
         if self.model is None and self.tokenizer is None:
             raise InputError("Neither model nor tokenizer is set. Name a tokenizer for the new "
                              "model, or a model to start from.")
