@@ -11,7 +11,8 @@ __all__ = ['add_lora']
 import inspect
 from pathlib import Path
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import (LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict,
+                  prepare_model_for_kbit_training, set_peft_model_state_dict)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -44,6 +45,8 @@ def add_lora(model, # PreTrainedModel, changed in place
         scores = "SequenceClassification" in type(model).__name__
         defaults = dict(task_type="SEQ_CLS" if scores else "CAUSAL_LM", target_modules="all-linear")
         peft_config = LoraConfig(**{**defaults, **peft_config})
+    if getattr(model, "is_quantized", False): # frozen; what stays whole becomes float32
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try: model = get_peft_model(model, peft_config)
     except ValueError as e:
         raise InputError(f"peft_config does not fit the model ({reason(e)}). "
@@ -73,9 +76,18 @@ def _untie(model)->bool: # was anything tied?
         untied = True
     return untied
 
+def _dequantized(model:PeftModel)->PeftModel:
+    "The same adapter on whole weights, those that the quantised ones stand for."
+    name, config = model.active_adapter, model.peft_config[model.active_adapter]
+    weights = get_peft_model_state_dict(model, adapter_name=name)
+    whole = get_peft_model(model.unload().dequantize(), config, adapter_name=name)
+    set_peft_model_state_dict(whole, weights, adapter_name=name)
+    return whole
+
 def merge_adapter(model:PeftModel, # is used up
                  ): # PreTrainedModel
     "Write an adapter into the weights of its model; NaN in it raises `ValueError`."
+    if getattr(model.get_base_model(), "is_quantized", False): model = _dequantized(model)
     untied = _untie(model)
     model = model.merge_and_unload(safe_merge=True)
     if untied:

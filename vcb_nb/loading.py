@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/loading.html.md"""
 __all__ = ['trusting_remote_code', 'load_tokenizer', 'load_policy', 'new_reward_model', 'load_reward_model']
 
 # %% ../nbs/foundations/10_loading.ipynb #a88a72b0
-import copy, json, logging, math, os, re
+import copy, importlib.util, json, logging, math, os, re
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer, GenerationConfig)
+                          AutoTokenizer, BitsAndBytesConfig, GenerationConfig)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .adapters import merge_adapter
@@ -292,6 +292,51 @@ class LoadingSettings:
         "Arguments of `load_policy` and `load_reward_model`."
         return dict(dtype=self.dtype, attn_implementation=self.attn_implementation)
 
+# %% ../nbs/foundations/10_loading.ipynb #c3a51e52
+QUANTIZATION = ("4bit", "8bit")
+
+def check_quantization(quantization:"str | None")->None:
+    "Raise `InputError` for a kind that there is not, or where the package is missing."
+    if quantization is None: return
+    check_choice("quantization", quantization, QUANTIZATION)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"quantization '{quantization}' needs the package bitsandbytes. Install "
+                         "it with pip install vcb-nb[quantization], or leave quantization out.")
+
+def quantized(quantization:"str | None", dtype:torch.dtype, # of the products
+              device, # as in `load_policy`
+             )->dict: # arguments of `from_pretrained`
+    "How `transformers` has to load a model; empty where its weights stay whole."
+    check_quantization(quantization)
+    if quantization is None: return {}
+    heads = ["lm_head", "embed_out", "score", "classifier"]
+    options = {"4bit": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                            bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype),
+               "8bit": dict(load_in_8bit=True)}[quantization]
+    place = pick_device(str(device or "auto"))
+    return dict(quantization_config=BitsAndBytesConfig(llm_int8_skip_modules=heads, **options),
+                **({} if place.type == "cpu" else dict(device_map={"": place})))
+
+# %% ../nbs/foundations/10_loading.ipynb #c3a51e54
+@dataclass(kw_only=True)
+class QuantizedLoading(LoadingSettings):
+    "The same where a model may be quantised."
+    quantization: str | None = option(None,
+        "Keep the weights in '4bit' or '8bit' (pip install vcb-nb[quantization]); training then "
+        "needs peft_config. dtype is that of the products.")
+
+    def check_loading(self)->None:
+        "The same, and that what is quantised is not trained in full."
+        super().check_loading()
+        check_quantization(self.quantization)
+        if self.quantization and not getattr(self, "peft_config", {"r": 1}):
+            raise InputError(f"quantization is '{self.quantization}', and quantised weights cannot "
+                             "be trained. Set peft_config to train an adapter, or leave "
+                             "quantization out.")
+
+    @property
+    def loading(self)->dict: return dict(super().loading, quantization=self.quantization)
+
 # %% ../nbs/foundations/10_loading.ipynb #c3a51e12
 _FIRST = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate") # others hang on these
 
@@ -362,13 +407,18 @@ def load_policy(path, # folder or Hub name; a PEFT adapter folder is merged into
                 dtype=None, # torch dtype or its name; None: float32
                 device=None, # None: stay on the CPU
                 attn_implementation:str=None, # one of `ATTENTION`; None: sdpa if supported
+                quantization:str=None, # one of `QUANTIZATION`; None: whole weights
                 trust_remote_code:bool=False, # run Python code that comes with the model
                ): # PreTrainedModel
     "A causal LM with dropout off, from safetensors only; `InputError` says what is wrong."
     trust = may_run_code(trust_remote_code)
     folder, dtype = model_folder(path, trust_remote_code=trust), as_dtype(dtype)
-    options = dict(attn_implementation=attn_implementation, trust_remote_code=trust)
+    options = dict(attn_implementation=attn_implementation, trust_remote_code=trust,
+                   **quantized(quantization, dtype, device))
     if (folder/"adapter_config.json").is_file():
+        if quantization:
+            raise InputError(f"{path} is an adapter, and merging it into quantised weights would "
+                             "change it. Save the merged model, and give that folder.")
         model = _merge_adapter(path, folder, **options).to(dtype)
     else:
         check_weights(path, folder)
@@ -376,7 +426,8 @@ def load_policy(path, # folder or Hub name; a PEFT adapter folder is merged into
         _check_causal(path, config)
         model = _read_model(AutoModelForCausalLM, path, folder, config, dtype, **options)
     disable_dropout(model)
-    return model if device is None else model.to(pick_device(str(device)))
+    if device is None or quantization: return model
+    return model.to(pick_device(str(device)))
 
 def _check_causal(path, config):
     "Refuse encoder-decoders, reward models and masked LMs."
@@ -422,6 +473,7 @@ def load_reward_model(path, # folder or Hub name
                       dtype=None, # torch dtype or its name; None: float32
                       device=None, # None: stay on the CPU
                       attn_implementation:str=None, # one of `ATTENTION`; None: sdpa if supported
+                      quantization:str=None, # one of `QUANTIZATION`; None: whole weights
                      ): # PreTrainedModel with one label
     "A reward model, dropout off, with a padding id of its own; `InputError` for anything else."
     folder = model_folder(path)
@@ -431,11 +483,14 @@ def load_reward_model(path, # folder or Hub name
     check_weights(path, folder)
     config = read_config(path, folder)
     _check_one_score(path, config)
-    model = _read_model(AutoModelForSequenceClassification, path, folder, config, as_dtype(dtype),
-                        attn_implementation=attn_implementation)
+    dtype = as_dtype(dtype)
+    options = dict(attn_implementation=attn_implementation,
+                   **quantized(quantization, dtype, device))
+    model = _read_model(AutoModelForSequenceClassification, path, folder, config, dtype, **options)
     tokenizer = load_tokenizer(path) if has_tokenizer(folder) else None
     model = disable_dropout(separate_pad_id(model, tokenizer, config.pad_token_id))
-    return model if device is None else model.to(pick_device(str(device)))
+    if device is None or quantization: return model
+    return model.to(pick_device(str(device)))
 
 def _check_one_score(path, config):
     "Refuse a model without a score head, or with more than one score."

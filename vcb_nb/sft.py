@@ -21,7 +21,7 @@ from .adapters import add_lora, check_lora
 from .artifacts import InputError
 from .batches import pad_rows
 from .data import encode_completion, encode_prompt, load_demonstrations, load_rows, load_texts
-from .loading import LoadingSettings, load_policy, load_tokenizer
+from .loading import QuantizedLoading, load_policy, load_tokenizer
 from .models import check_architecture, new_policy
 from .settings import REQUIRED, check_choice, check_least, check_required, option
 from .tokenizers import match_tokenizer
@@ -66,7 +66,7 @@ def pack_texts(tokenizer, texts, # iterable of str
 
 # %% ../nbs/stages/02_sft.ipynb #2997e53a
 @dataclass
-class SFTConfig(TrainingDefaults, LoadingSettings):
+class SFTConfig(TrainingDefaults, QuantizedLoading):
     "Fine-tune `model`, or train a new one, on demonstrations or plain text."
     output_dir: str = option("runs/sft", "Folder for everything this stage writes.", decides=False)
     model: str | None = option(None,
@@ -102,9 +102,10 @@ class SFTConfig(TrainingDefaults, LoadingSettings):
         check_lora(self.peft_config)
         self.check_loading()
         if self.model is None: check_architecture(self.architecture, self.model_config or ())
-        if self.model is None and self.revision:
-            raise InputError("revision is set, and model is not. Name the model, or leave revision "
-                             "out.")
+        for name in ("revision", "quantization"):
+            if self.model is None and getattr(self, name):
+                raise InputError(f"{name} is set, and model is not. Name the model, or leave "
+                                 f"{name} out.")
         if self.model is None and self.tokenizer is None:
             raise InputError("Neither model nor tokenizer is set. Name a tokenizer for the new "
                              "model, or a model to start from.")
