@@ -4,10 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-faults mutants export outputs docs site-preview clean
+.PHONY: demo real test test-faults mutants export outputs docs site-preview clean
 
 demo: $(READY)  ## the whole pipeline on the embedded world, ending in a report
 	@$(BIN)/vcb run demo
+
+real: $(READY)  ## a pretrained model (SmolLM2-135M), a few prompts and a reward function: under 15 minutes
+	@$(BIN)/pip install --quiet --disable-pip-version-check gguf
+	@$(BIN)/python tools/smollm2.py runs/smollm2
+	@$(BIN)/vcb run recipes/real/recipe.yaml
 
 test: $(READY)  ## every test and every notebook, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0

@@ -36,7 +36,7 @@ def test_world_is_standard_and_fits_the_axes(seed):
     close(expected(world.ref_logps, world.rewards), torch.zeros(1).double(), atol=1e-12, rtol=0)
     close(world.reward_std, torch.ones(1).double())
     assert (world.rewards.diff() > 0).all() and world.rewards.shape == (1, RESPONSES)
-    left, right = BenchFigure().plane.get_xlim()
+    left, right = BenchFigure().artists.plane.get_xlim()
     assert (-world.ref_logps[0, -1] < right
             and world.rewards.max() < 3 and world.rewards.min() > -3.2)
 
@@ -108,7 +108,7 @@ def test_picture_takes_two_methods():
 
 def assert_drawn(bench, methods, gamma, candidates, seed):
     "Every moving artist shows a fit made apart from the bench's own memory."
-    world, view = bench_world(seed), bench.view
+    world, view = bench_world(seed), bench.view.artists
     optimum = optimal_policy(world, gamma)
     close(drawn(view.optimum_bars), optimum[0].exp())
     close(drawn(view.line), (optimum - world.ref_logps)[0])

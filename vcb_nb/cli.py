@@ -82,7 +82,8 @@ def run_parser()->_Parser:
     parser.add_argument("--upto", metavar="STAGE", help="stop after this stage")
     for name, help in dict(
             output_dir="folder of the run (default: runs/<name of the recipe>)",
-            seed="seed of every stage for which the recipe sets none").items():
+            seed="seed of every stage for which the recipe sets none",
+            model="the model that every stage starts from, where the recipe trains none").items():
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=help)
     parser.add_flag("plan", "list the jobs and their states, and do nothing")
     _add_common(parser)
@@ -139,7 +140,7 @@ def _run_recipe(args:list)->None:
     if len(own.words) != 1:
         raise InputError("vcb run takes one recipe. Recipes that come with the package: "
                          + ", ".join(shipped_recipes()) + ".")
-    settings |= {k: v for k, v in vars(own).items() if k in ("output_dir", "seed")}
+    settings |= {k: v for k, v in vars(own).items() if k in ("output_dir", "seed", "model")}
     recipe = load_recipe(own.words[0], settings)
     if own.plan:
         states = plan_states(plan(recipe)).items()

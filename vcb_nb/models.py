@@ -111,3 +111,19 @@ def new_policy(tokenizer, # its length and special ids are used
     "A causal LM with random weights. The same seed gives the same weights."
     config = new_config(tokenizer, architecture, **overrides)
     return disable_dropout(random_model(AutoModelForCausalLM, config, seed))
+
+# %% ../nbs/foundations/08_models.ipynb #a7c1f003
+def broken_weight(model)->"str | None": # its name
+    "The first weight that holds NaN or infinity. Quantised weights and empty shells are passed."
+    for name, weight in model.named_parameters():
+        local = getattr(weight, "to_local", lambda: weight)().detach() # a shard under FSDP
+        if not local.is_floating_point() or local.is_meta or not local.numel(): continue
+        if local.element_size() > 1 and not torch.stack(local.aminmax()).isfinite().all():
+            return name
+
+def check_finite(model, what:str, # the model's name in the message
+                )->None:
+    "Raise `InputError` if a weight is not a finite number."
+    if name := broken_weight(model):
+        raise InputError(f"{what}: the weight {name} holds NaN or infinity, so nothing can be "
+                         "computed with this model. Give one whose training did not diverge.")

@@ -18,7 +18,7 @@ from .artifacts import (LOCK, MANIFEST, PENDING, InputError, changed_outputs, di
 from .recipes import load_recipe, save_recipe
 from .settings import deciding, differences, load_object, source_key
 from .shards import rank_and_world
-from .stages import Places, Stage, find_stage, stage_names
+from .stages import Files, Stage, find_stage, stage_names
 
 # %% ../nbs/runs/03_pipeline.ipynb #acd2c01c
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def plan(recipe:dict, # a checked recipe
     "The jobs of a recipe."
     jobs = []
     for stage in map(find_stage, filter(recipe.__contains__, stage_names(in_recipes=True))):
-        at = Places(recipe, tuple(jobs))
+        at = Files(recipe, tuple(jobs))
         given = _given(stage, at)
         for name, settings in stage.expand(stage, at, "recipe").items():
             try: jobs.append(Job(name, stage, at.run/name, {**given, **settings}))
@@ -62,7 +62,7 @@ def plan(recipe:dict, # a checked recipe
     if not jobs: raise InputError("The recipe has no stage. Give it a section, for example 'data'.")
     return jobs
 
-def _given(stage:Stage, at:Places)->dict:
+def _given(stage:Stage, at:Files)->dict:
     "What a stage need not be told: the run's seed, and what earlier stages left."
     known = {f.name for f in fields(stage.config_class)}
     seed = {"seed": at.recipe["seed"]} if "seed" in known else {}

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from .artifacts import InputError, atomic_write, did_you_mean
 from .settings import coerce, shorten
-from .stages import Places, check_folder_name, find_stage, stage_names
+from .stages import Files, check_folder_name, find_stage, stage_names
 
 # %% ../nbs/runs/02_recipes.ipynb #bf53aba4
 _HERE = Path(__file__).parent if "__file__" in globals() else Path()
@@ -104,11 +104,11 @@ def _refuse_climbing(recipe:dict, where:str)->None:
                          "command line.")
 
 # %% ../nbs/runs/02_recipes.ipynb #2709718a
-_TOP = {"name": str, "seed": int, "output_dir": str}
+_TOP = {"name": str, "seed": int, "output_dir": str, "model": str | None}
 
 def check_recipe(recipe:dict, where:str="recipe")->dict:
     "Check every key and type of a recipe, before any work begins."
-    names, checked, at = stage_names(in_recipes=True), {}, Places(recipe)
+    names, checked, at = stage_names(in_recipes=True), {}, Files(recipe)
     _refuse_remote_code(recipe, where)
     for key, value in recipe.items():
         if key not in (*_TOP, *names):
@@ -117,9 +117,12 @@ def check_recipe(recipe:dict, where:str="recipe")->dict:
         if key in _TOP: checked[key] = coerce(value, _TOP[key], f"{where}: {key}")
         else: checked[key] = _check_section(find_stage(key), at, where)
     if "name" in checked: check_folder_name(checked["name"], "the name", where)
+    if checked.get("model") and "tokenizer" in checked:
+        raise InputError(f"{where}: model is '{checked['model']}', which has a tokenizer of its "
+                         "own, and the section tokenizer trains another. Leave one of them out.")
     return checked
 
-def _check_section(stage, at:Places, where:str)->dict:
+def _check_section(stage, at:Files, where:str)->dict:
     "A section with values of the right type; one that makes several jobs stays as it is."
     jobs = stage.expand(stage, at, where)
     for settings in jobs.values(): _refuse_own_folder(stage.name, settings, where)

@@ -130,9 +130,10 @@ def wait_for_parts(folder, total:int, every:float=1.)->None:
 def complete_parts(config, # of a stage: its `output_dir` gets the parts
                    total:int, # how many parts there are
                    maker, # context manager of the missing parts: gives part index → rows (dicts)
-                  )->None:
+                  )->list: # the rows of all parts, without those that other jobs are still making
     "Make the parts of a stage that are missing, in a folder that keeps to the stage's settings."
     claim_folder(config)
     if missing := pending_parts(config.output_dir, total):
         with maker(missing) as make: make_parts(config.output_dir, total, make)
     wait_for_parts(config.output_dir, total)
+    return read_parts(config.output_dir, complete=False)

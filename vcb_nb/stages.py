@@ -21,26 +21,85 @@ class Places:
     def __init__(self, recipe:dict, jobs=()):
         self.recipe, self.jobs = recipe, jobs # jobs: those planned so far
         self.run = Path(recipe.get("output_dir") or "runs")
-        self.files, self.sft = self.run/"data"/"files", self.run/"sft"/"model"
-        self.reward, self.scored = self.run/"reward"/"model", self.run/"score"/"data"
+        self.files = self.run/"data"/"files"
 
     def has(self, *names)->bool: return set(names) <= self.recipe.keys()
+
+    def setting(self, section:str, key:str):
+        "What a section says, or None."
+        settings = self.recipe.get(section)
+        return settings.get(key) if isinstance(settings, dict) else None
 
     def made_by(self, stage:str)->Path | None:
         "The model folder of a stage, if the recipe has that stage."
         return self.run/stage/"model" if self.has(stage) else None
 
+    def left_by(self, *path:str)->Path | None:
+        "What an earlier recipe has left in the same run folder, if it is there and not empty."
+        found = self.run.joinpath(*path)
+        return found if found.exists() and (found.is_dir() or found.stat().st_size) else None
+
+# %% ../nbs/runs/01_stages.ipynb #6b02d15f
+_NAME_A_POLICY = (("sample", "policy"), ("score", "reference"), ("calibrate", "model"),
+                  ("evaluate", "reference"))
+GOLD_REWARD = "vcb_nb.world:gold_reward"
+
+class Inputs(Places):
+    "What a stage reads where its section does not say."
+    @property
+    def base(self): # Path, str or None
+        "What SFT starts from: the run's own pretrained model, or the one that the recipe names."
+        return self.made_by("pretrain") or self.recipe.get("model")
+
+    @property
+    def policy(self):
+        "The policy that is sampled, calibrated, and the reference of every KL."
+        named = (self.setting(*place) for place in _NAME_A_POLICY)
+        return (self.made_by("sft") or self.base or next(filter(None, named), None)
+                or self.left_by("sft", "model"))
+
+    @property
+    def gold(self)->str | None:
+        "The true reward, which only the embedded world has."
+        return GOLD_REWARD if self.setting("data", "world") is not None else None
+
+    @property
+    def reward(self):
+        "The reward model of the run, or the reward that its candidates are scored with."
+        return (self.made_by("reward") or self.setting("score", "reward")
+                or self.left_by("reward", "model"))
+
+# %% ../nbs/runs/01_stages.ipynb #8d24f371
+class Files(Inputs):
+    "The files of a `data` stage, and what stands for them without one."
     def prepared(self, name:str)->Path | None:
-        "A data file that only a `data` stage writes: None where there is no such stage."
-        return self.files/name if self.has("data") or self.files.is_dir() else None
+        "A file that only a `data` stage writes: None where there is no such stage."
+        return self.files/name if self.has("data") else self.left_by("data", "files", name)
+
+    @property
+    def ood_prompts(self)->Path | None:
+        "Prompts of another domain, if the data have any."
+        world, given = (self.setting("data", key) for key in ("world", "ood_prompts"))
+        if world is not None: given = not isinstance(world, dict) or world.get("ood") != 0
+        return self.prepared("prompts_ood.jsonl") if given or not self.has("data") else None
+
+    @property
+    def held_out_prompts(self):
+        "Prompts that calibration does not see."
+        return self.prepared("prompts_validation.jsonl") or self.setting("evaluate", "prompts")
 
     @property
     def held_out(self)->Path | None:
-        "Scored candidates of prompts that calibration does not see."
-        return self.run/"score_validation"/"data" if self.has("sample") else None
+        "Scored candidates of those prompts."
+        made = self.has("sample", "score") and self.held_out_prompts
+        return self.run/"score_validation"/"data" if made else None
+
+    def candidates(self, stage:str)->Path | None:
+        "The candidates that `sample` or `score` leaves."
+        return self.run/stage/"data" if self.has(stage) else self.left_by(stage, "data")
 
 # %% ../nbs/runs/01_stages.ipynb #c4680dca
-def one_job(stage, at:Places, where:str)->dict: # name → settings
+def one_job(stage, at:Files, where:str)->dict: # name → settings
     "A section becomes one job of the stage's name."
     return {stage.name: stage.check(at.recipe[stage.name], where)}
 
@@ -52,8 +111,8 @@ class Stage:
     run:str # 'module:function' that does the work: config → summary (JSON-able)
     config:str # 'module:Class', a dataclass of `option`s
     help:str # one sentence
-    defaults:Callable = lambda at: {} # Places → settings that a recipe may leave out
-    expand:Callable = one_job # (stage, Places, file name) → {name of a job: its settings}
+    defaults:Callable = lambda at: {} # Files → settings that a recipe may leave out
+    expand:Callable = one_job # (stage, Files, file name) → {name of a job: its settings}
     in_recipes:bool = True # or a command only?
 
     @property
@@ -108,18 +167,19 @@ def check_folder_name(name:str, key:str, where:str)->None:
     raise InputError(f"{where}: {key} '{name}' cannot be a folder's name. Begin it with a letter "
                      "or a digit, and leave out slashes.")
 
-def one_job_per_method(stage, at:Places, where:str)->dict:
+def one_job_per_method(stage, at:Files, where:str)->dict:
     "Calibrations: `calibrate/vcb-gamma1`, …"
     runs = expand_methods(at.recipe[stage.name] or {}, where)
     for name in runs: check_folder_name(name, "the method", where)
     return {f"{stage.name}/{name}": settings for name, settings in runs.items()}
 
-def with_validation(stage, at:Places, where:str)->dict:
+def with_validation(stage, at:Files, where:str)->dict:
     "Candidates of the training prompts, and of held-out ones for the calibration plot."
     jobs = one_job(stage, at, where)
-    held_out = {"sample": dict(prompts=str(at.files/"prompts_validation.jsonl"), limit=None),
+    limit = None if at.prepared("prompts_validation.jsonl") else at.setting("evaluate", "limit")
+    held_out = {"sample": dict(prompts=str(at.held_out_prompts), limit=limit),
                 "score": dict(candidates=str(at.run/"sample_validation"/"data"))}[stage.name]
-    if at.has("sample", "score"):
+    if at.held_out:
         jobs[f"{stage.name}_validation"] = {**jobs[stage.name], **held_out}
     return jobs
 
@@ -131,16 +191,16 @@ def _method_of(settings:dict)->dict:
     value = (settings.get("loss_params") or {}).get(loss.strength, loss.params.get(loss.strength))
     return {"method": settings["loss"], "strength": loss.strength, "value": value}
 
-def _evaluation(at:Places)->dict:
+def _evaluation(at:Files)->dict:
     runs = expand_methods(at.recipe["calibrate"] or {}) if at.has("calibrate") else {}
     policies = {name: str(at.run/"calibrate"/name/"model") for name in runs}
-    given = (at.recipe["evaluate"] or {}).get("policies", policies)
-    world = (at.recipe.get("data") or {}).get("world") is not None
+    given = at.setting("evaluate", "policies") or policies
     return dict(policies=policies,
                 methods={name: _method_of(s) for name, s in runs.items() if name in given},
-                reference=at.sft, reward=at.reward, candidates=at.held_out,
-                prompts=at.files/"prompts_test.jsonl", ood_prompts=at.prepared("prompts_ood.jsonl"),
-                gold="vcb_nb.world:gold_reward" if world else None)
+                reference=at.policy, gold=at.gold,
+                reward=None if at.reward == GOLD_REWARD else at.reward,
+                candidates=at.held_out, prompts=at.prepared("prompts_test.jsonl"),
+                ood_prompts=at.ood_prompts)
 
 # %% ../nbs/runs/01_stages.ipynb #624e15e8
 STAGES = (
@@ -148,29 +208,32 @@ STAGES = (
           "Prepare the data files of a run."),
     Stage("tokenizer", "vcb_nb.prepare:make_tokenizer", "vcb_nb.prepare:TokenizerConfig",
           "Train a tokenizer, for a model that is trained from scratch.",
-          lambda at: dict(data=at.files/"texts.jsonl")),
+          lambda at: dict(data=at.prepared("texts.jsonl"))),
     Stage("pretrain", "vcb_nb.sft:train_sft", "vcb_nb.sft:SFTConfig",
           "Pretrain a model on plain text.",
-          lambda at: dict(data=at.files/"texts.jsonl", objective="text",
-                          tokenizer=at.made_by("tokenizer"))),
+          lambda at: dict(data=at.prepared("texts.jsonl"), objective="text",
+                          model=at.recipe.get("model"), tokenizer=at.made_by("tokenizer"))),
     Stage("sft", "vcb_nb.sft:train_sft", "vcb_nb.sft:SFTConfig",
           "Fine-tune a model on demonstrations.",
-          lambda at: dict(data=at.files/"demonstrations.jsonl", model=at.made_by("pretrain"),
+          lambda at: dict(data=at.prepared("demonstrations.jsonl"), model=at.base,
                           tokenizer=None if at.has("pretrain") else at.made_by("tokenizer"))),
     Stage("reward", "vcb_nb.reward:train_reward", "vcb_nb.reward:RewardConfig",
           "Train a reward model on preference pairs.",
-          lambda at: dict(model=at.sft, pairs=at.files/"pairs.jsonl",
+          lambda at: dict(model=at.policy, pairs=at.prepared("pairs.jsonl"),
                           eval_pairs=at.prepared("pairs_test.jsonl"))),
     Stage("sample", "vcb_nb.sample:sample", "vcb_nb.sample:SampleConfig",
           "Sample n candidates per prompt.",
-          lambda at: dict(policy=at.sft, prompts=at.files/"prompts.jsonl"), with_validation),
+          lambda at: dict(policy=at.policy, prompts=at.prepared("prompts.jsonl")),
+          with_validation),
     Stage("score", "vcb_nb.score:score", "vcb_nb.score:ScoreConfig",
           "Score candidates, and store the reference's log-probabilities.",
-          lambda at: dict(candidates=at.run/"sample"/"data", reward=at.reward, reference=at.sft),
+          lambda at: dict(candidates=at.candidates("sample"), reward=at.reward or at.gold,
+                          reference=at.policy),
           with_validation),
     Stage("calibrate", "vcb_nb.calibrate:calibrate", "vcb_nb.calibrate:CalibrationConfig",
           "Train a policy on scored candidates with any loss.",
-          lambda at: dict(model=at.sft, candidates=at.scored, eval_candidates=at.held_out),
+          lambda at: dict(model=at.policy, candidates=at.candidates("score"),
+                          eval_candidates=at.held_out),
           one_job_per_method),
     Stage("evaluate", "vcb_nb.evaluate:evaluate", "vcb_nb.evaluate:EvaluateConfig",
           "Compare policies: rewards, KL, win rates, calibration.", _evaluation),

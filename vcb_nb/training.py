@@ -8,7 +8,8 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/training.html.md"""
 __all__ = ['TrainingDefaults', 'held_out_split', 'run_training', 'read_curve']
 
 # %% ../nbs/foundations/17_training.ipynb #c2eaa226
-import copy, enum, functools, json, logging, math, os, random, shutil, typing, zipfile
+import copy, enum, functools, json, logging, math, os, random, shutil, signal, threading, typing
+import zipfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from safetensors.torch import load_file, save_file
+from transformers import (EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState,
+                          TrainingArguments)
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import TrainOutput
 
 from .artifacts import InputError, Progress, fingerprint, write_jsonl
+from .models import broken_weight, check_finite
 from .saving import rehearse_saving, save_model
 from .settings import check_above, check_choice, check_least, option, record_settings
 
@@ -39,6 +43,16 @@ def _choices()->dict: # name → words
              for name, hint in typing.get_type_hints(TrainingArguments).items()}
     return {name: [word.value for word in found[0]] for name, found in kinds.items() if found}
 
+# %% ../nbs/foundations/17_training.ipynb #a7c10001
+def _check_early_stopping(config)->None:
+    "Give early stopping its metric; refuse it without evaluations."
+    check_least(config, early_stopping_patience=1, early_stopping_threshold=0)
+    if config.early_stopping_patience is None: return
+    config.metric_for_best_model = config.metric_for_best_model or "loss"
+    if str(getattr(config.eval_strategy, "value", config.eval_strategy)) == "no":
+        raise InputError("early_stopping_patience needs evaluations during training. Set "
+                         "eval_strategy to 'steps' or 'epoch'.")
+
 # %% ../nbs/foundations/17_training.ipynb #c44be7bc
 @dataclass
 class TrainingDefaults(TrainingArguments):
@@ -55,6 +69,11 @@ class TrainingDefaults(TrainingArguments):
         decides=False)
     remove_unused_columns: bool = option(False,
         "Drop columns that the model's forward does not name. The collators here need them.")
+    early_stopping_patience: int | None = option(None,
+        "Stop after so many evaluations in a row without a better metric_for_best_model.")
+    early_stopping_threshold: float = option(0., "Least gain of the metric that counts as better.")
+    restore_callback_states_from_checkpoint: bool = option(True,
+        "Resume early stopping with the count that the checkpoint holds.")
     logging_nan_inf_filter: bool = option(False,
         "Replace a loss that is not finite by the mean so far, when logging. Hides divergence.")
 
@@ -62,6 +81,7 @@ class TrainingDefaults(TrainingArguments):
         self.use_cpu = self.use_cpu or not getattr(torch, "accelerator", torch.cuda).is_available()
         for name, valid in _choices().items():
             if isinstance(getattr(self, name), str): check_choice(name, getattr(self, name), valid)
+        _check_early_stopping(self)
         try: super().__post_init__()
         except (ValueError, TypeError, ImportError, OSError) as e:
             raise InputError(f"The training settings cannot be used: {e}") from None
@@ -199,6 +219,194 @@ def _own_progress(trainer:Trainer, desc:str)->MetricsProgress:
     trainer.add_callback(bar)
     return bar
 
+# %% ../nbs/foundations/17_training.ipynb #a7c10004
+def diverged(what:str, # 'The loss is nan at step 3'
+             folder, # where the checkpoints lie
+            )->InputError:
+    "The error that ends a run which diverged; it names the last checkpoint."
+    last = last_checkpoint(folder)
+    kept = f"The last finite checkpoint is {last}." if last else "There is no checkpoint before it."
+    return InputError(f"{what}. Lower learning_rate, lengthen warmup_steps, or train in float32. "
+                      + kept)
+
+def in_background(numbers:torch.Tensor): # a function that waits for them, as a list
+    "Begin to copy numbers from a GPU; elsewhere they are there."
+    if numbers.device.type != "cuda": return numbers.tolist
+    copied, there = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+    there.record()
+    return lambda: there.synchronize() or copied.tolist()
+
+def _number_on(device, value)->torch.Tensor: # []
+    "A number or tensor as float32 there, without waiting for the device."
+    if not torch.is_tensor(value): return torch.full((), float(value or 0), device=device)
+    value = getattr(value, "full_tensor", lambda: value)() # FSDP gives a norm in shards
+    return value.detach().float().reshape(()).to(device)
+
+# %% ../nbs/foundations/17_training.ipynb #a7c10005
+class Interrupted(KeyboardInterrupt):
+    "A signal has ended the training, and a checkpoint of its last step is there."
+
+class StepWatch(TrainerCallback):
+    "Stops a run whose loss or gradient is not finite; after a signal, saves and ends it."
+    def __init__(self, trainer):
+        self.trainer, self.asked = trainer, 0 # asked: number of the signal
+        self.agreed, self.due = False, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.asked, self.agreed, self.due = 0, False, None
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        numbers = self.trainer.step_numbers(self.asked)
+        now = state.global_step + 1, in_background(numbers)
+        due, self.due = (self.due, now) if numbers.device.type == "cuda" else (now, None)
+        if due: self.judge(due[0], *due[1]())
+
+    def judge(self, step:int, loss:float, norm:float, asked:float):
+        for name, value in {"loss": loss, "gradient's norm": norm}.items():
+            if not math.isfinite(value):
+                folder = self.trainer.args.output_dir
+                raise diverged(f"The {name} is {value} at step {step}", folder)
+        self.agreed = asked > 0 # by all processes at the same step
+
+# %% ../nbs/foundations/17_training.ipynb #a7c10006
+class SignalWatch(StepWatch):
+    "A `StepWatch` that, asked by a signal, saves at the end of the step and ends the training."
+    ending = False
+
+    def on_train_begin(self, *args, **kwargs):
+        super().on_train_begin(*args, **kwargs)
+        self.ending = False
+        self.trainer.restore_unlogged()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.agreed or self.asked and args.world_size == 1:
+            control.should_save = self.ending = True
+
+    def on_evaluate(self, args, state, control, **kwargs): # it may have taken long
+        if self.trainer.is_in_train: self.on_step_end(args, state, control)
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.ending: raise Interrupted
+
+# %% ../nbs/foundations/17_training.ipynb #a7c10007
+class WatchedTrainer(Trainer):
+    "A `Trainer` that tells its `watch` the loss and the gradient's norm of every step."
+    def __init__(self, model=None, args=None, *rest, **kwargs):
+        super().__init__(model, args, *rest, **kwargs)
+        self.watch, self._seen = SignalWatch(self), [0., 0.] # loss and gradient norm of the step
+        self.add_callback(self.watch)
+
+    def training_step(self, *args, **kwargs)->torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._seen[0] = self._seen[0] + loss
+        return loss
+
+    def _get_grad_norm(self, *args, **kwargs):
+        self._seen[1] = super()._get_grad_norm(*args, **kwargs)
+        return self._seen[1]
+
+    def step_numbers(self, asked:int=0)->torch.Tensor: # [3], summed over the processes
+        "Loss and gradient norm of the step, and whether a signal came."
+        (loss, norm), self._seen = self._seen, [0., 0.]
+        if self.args.fp16: norm = 0. # its scaler skips a step whose gradient is too large
+        numbers = torch.stack([_number_on(self.args.device, v) for v in (loss, norm, asked)])
+        return self.accelerator.reduce(numbers, "sum") if self.args.world_size > 1 else numbers
+
+# %% ../nbs/foundations/17_training.ipynb #a7c10009
+def _tensors(thing):
+    "All tensors in nested dicts and lists."
+    if torch.is_tensor(thing): yield thing
+    parts = thing.values() if isinstance(thing, dict) else thing
+    for part in parts if isinstance(thing, (dict, list)) else (): yield from _tensors(part)
+
+def _broken(trainer:Trainer)->str: # empty where all is well
+    "What of a trainer's model or optimizer is not finite."
+    if name := broken_weight(trainer.model): return f"The weight {name}"
+    moments = _tensors(list(trainer.optimizer.state.values())) if trainer.optimizer else ()
+    sizes = (getattr(t, "to_local", lambda t=t: t)() for t in moments if t.is_floating_point())
+    whole = all(t.isfinite().all() for t in sizes if t.element_size() > 1)
+    return "" if whole else "The optimizer's state"
+
+def check_saved(trainer:Trainer)->None:
+    "Refuse to save what is not finite, on every process at once."
+    found = _broken(trainer)
+    bad = torch.tensor(float(bool(found)), device=trainer.args.device)
+    if trainer.args.world_size > 1: bad = trainer.accelerator.reduce(bad, "sum")
+    if bad: raise diverged(f"{found or 'A weight of another process'} is not finite after step "
+                           f"{trainer.state.global_step}", trainer.args.output_dir)
+
+# %% ../nbs/foundations/17_training.ipynb #a7c1000a
+class SafeTrainer(WatchedTrainer):
+    "A `Trainer` that stops at what is not finite, saves none of it, and resumes with its log."
+    def __init__(self, model=None, args=None, *rest, **kwargs):
+        super().__init__(model, args, *rest, **kwargs)
+        if patience := getattr(self.args, "early_stopping_patience", None):
+            least = self.args.early_stopping_threshold
+            self.add_callback(EarlyStoppingCallback(patience, least))
+
+    def train(self, *args, **kwargs):
+        "As in the `Trainer`; a model that is broken already is refused."
+        if self.args.process_index == 0: check_finite(self.model, "The model to train")
+        return super().train(*args, **kwargs)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        "As in the `Trainer`, if all is finite; a checkpoint also gets what is not logged yet."
+        check_saved(self)
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self.state.global_step > self._globalstep_last_logged:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(self.unlogged(), self._unlogged_file(output_dir))
+
+# %% ../nbs/foundations/17_training.ipynb #a7c1000b
+class ResumingTrainer(SafeTrainer):
+    "A `SafeTrainer` whose checkpoints hold what the next line of the log needs."
+    def _unlogged_file(self, checkpoint)->Path:
+        return Path(checkpoint)/f"unlogged-{self.args.process_index}.safetensors"
+
+    def unlogged(self)->dict: # name → tensor
+        "What this process has summed up since the last line of the log."
+        return {"loss": self._tr_loss.detach().cpu().reshape(1),
+                "step": torch.tensor([self._globalstep_last_logged])}
+
+    def take_unlogged(self, kept:dict)->None:
+        "Go on from what a checkpoint holds."
+        self._tr_loss += kept["loss"][0].to(self._tr_loss)
+        self._globalstep_last_logged = int(kept["step"])
+
+    def restore_unlogged(self)->None:
+        "The same, at the start of a training that resumes."
+        checkpoint = Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}"
+        file = self._unlogged_file(checkpoint)
+        if self.state.global_step and file.exists(): self.take_unlogged(load_file(file))
+
+# %% ../nbs/foundations/17_training.ipynb #a7c10011
+def _hear(watch, signum:int, frame, before:dict)->None:
+    "The first signal is remembered; a second acts at once."
+    if watch.asked:
+        signal.signal(signum, before[signum])
+        return signal.raise_signal(signum)
+    watch.asked = signum
+    text = f"{signal.Signals(signum).name}: the step is finished and saved first. Again: at once.\n"
+    if watch.trainer.is_world_process_zero(): os.write(2, text.encode()) # `print` may be at work
+
+@contextmanager
+def save_on_signal(trainer:Trainer):
+    "Inside, SIGINT and SIGTERM leave a checkpoint of the current step before they act."
+    watch, before = getattr(trainer, "watch", None), {}
+    in_charge = watch and threading.current_thread() is threading.main_thread()
+    for signum in (signal.SIGINT, signal.SIGTERM) if in_charge else ():
+        old = signal.getsignal(signum)
+        if old not in (None, signal.SIG_IGN):
+            before[signum] = old
+            signal.signal(signum, lambda *call: _hear(watch, *call, before))
+    try: yield
+    except Interrupted: log.info("a checkpoint of step %d is there", trainer.state.global_step)
+    finally:
+        for signum, old in before.items(): signal.signal(signum, old)
+    if in_charge and watch.asked:
+        signal.raise_signal(watch.asked)
+        raise KeyboardInterrupt # a handler that did nothing must not make a finished run of this
+
 # %% ../nbs/foundations/17_training.ipynb #5a05c1ec
 def repeated_rows(size:int, # rows of a process in the last batch
                   process:int, # its number
@@ -207,7 +415,7 @@ def repeated_rows(size:int, # rows of a process in the last batch
     "Which rows of the last batch are there only to make it even?"
     return torch.arange(process * size, (process + 1) * size) >= left
 
-class EvenTrainer(Trainer):
+class EvenTrainer(ResumingTrainer):
     "A `Trainer` in which a row that is repeated, to make the last batch even, does not count."
     counted, nothing = "labels", -100 # a column of the batches, its value where nothing counts
 
@@ -248,6 +456,7 @@ def save_final(trainer:Trainer, config:TrainingDefaults)->Path: # the folder `ou
     "Save model and tokenizer, atomically; adapters are merged. Called by every rank."
     path = Path(config.output_dir)/"model"
     model = trainer.accelerator.unwrap_model(trainer.model)
+    check_saved(trainer)
     use_cache, model.config.use_cache = model.config.use_cache, True # the Trainer turned it off
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled: _save_sharded(trainer, path)
     elif trainer.args.should_save: save_model(model, trainer.processing_class, path)
@@ -300,6 +509,11 @@ def _names_are_settled():
     try: yield
     finally: logger.removeFilter(hide)
 
+def _stopped_early(state:TrainerState)->bool:
+    "Had the training ended before its last step when this state was saved?"
+    control = (state.stateful_callbacks or {}).get("TrainerControl", {})
+    return control.get("args", {}).get("should_training_stop", False)
+
 def _train(trainer:Trainer, checkpoint:Path | None)->TrainOutput:
     "Train from the start or a checkpoint; not at all where the checkpoint is of the last step."
     if checkpoint is None or _is_sharded(checkpoint):
@@ -307,7 +521,7 @@ def _train(trainer:Trainer, checkpoint:Path | None)->TrainOutput:
     log.info("continuing from %s", checkpoint)
     load_weights(trainer.accelerator.unwrap_model(trainer.model), checkpoint)
     state = TrainerState.load_from_json(str(checkpoint/"trainer_state.json"))
-    if state.global_step < state.max_steps:
+    if state.global_step < state.max_steps and not _stopped_early(state):
         return trainer.train(resume_from_checkpoint=str(checkpoint))
     trainer.state = state
     return TrainOutput(state.global_step, final_loss(state.log_history) or 0., {})
@@ -321,12 +535,13 @@ def run_training(trainer:Trainer, # its `args` come from `checkpoint_args(config
 
     Writes `output_dir/model` (atomic) and `output_dir/training_log.jsonl`. Resuming restores
     weights, optimizer, schedule, random state and position in the data: the result equals that of
-    an undisturbed run.
+    an undisturbed run. SIGINT and SIGTERM leave a checkpoint of the step that they interrupt.
     """
     rehearse_saving(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
     bar = _own_progress(trainer, desc)
     try:
-        with _names_are_settled(): output = _train(trainer, resume_point(trainer, config))
+        with _names_are_settled(), save_on_signal(trainer):
+            output = _train(trainer, resume_point(trainer, config))
     finally: bar.close() # what is said of an error begins on a line of its own
     best = trainer.state.best_model_checkpoint if config.load_best_model_at_end else None
     if best and not _is_sharded(Path(best)):

@@ -228,44 +228,46 @@ class StillPixels:
         return self.canvas.copy_from_bbox(self.figure.bbox)
 
 # %% ../nbs/theory/10_playground.ipynb #d6efc012
-class BenchFigure(BenchArtists):
+class BenchFigure:
     """The bench's picture: made once, then only its moving artists change.
 
     `draw` sets their data; `figure` can be shown or saved as any other; `png` is the fast way."""
     def __init__(self, size:tuple=(10.6, 3.9), dpi:int=92):
-        super().__init__(Figure(figsize=size, dpi=dpi, facecolor="white", layout="none"))
-        self.pixels = StillPixels(self.figure, self.moving)
+        self.figure = Figure(figsize=size, dpi=dpi, facecolor="white", layout="none")
+        self.artists = BenchArtists(self.figure)
+        self.pixels = StillPixels(self.figure, self.artists.moving)
 
     def draw(self, comparison:Comparison) -> "BenchFigure":
         "Show a comparison of two methods; returns itself, so that calls can be chained."
         if len(comparison.methods) != 2: raise ValueError("Give two methods to compare.")
-        if comparison.methods != self.methods: self.name(comparison.methods)
+        if comparison.methods != self.artists.methods: self.artists.name(comparison.methods)
         self._draw_known(comparison)
         for k, fit in enumerate(comparison.fits): self._draw_fit(k, comparison.world, fit)
         return self
 
     def _draw_known(self, comparison):
-        world, optimum = comparison.world, comparison.optimum
-        self.sft_bars.set_ydata(world.ref_logps[0].exp())
-        self.optimum_bars.set_ydata(optimum[0].exp())
+        here, world, optimum = self.artists, comparison.world, comparison.optimum
+        here.sft_bars.set_ydata(world.ref_logps[0].exp())
+        here.optimum_bars.set_ydata(optimum[0].exp())
         ratio = (optimum - world.ref_logps)[0]
-        self.line.set_data(world.rewards[0], ratio)
-        self.edge.set_data(*exact_frontier(world))
-        self.start.set_data([0.], expected(world.ref_logps, world.rewards))
-        self.star.set_data(kl_divergence(optimum, world.ref_logps),
+        here.line.set_data(world.rewards[0], ratio)
+        here.edge.set_data(*exact_frontier(world))
+        here.start.set_data([0.], expected(world.ref_logps, world.rewards))
+        here.star.set_data(kl_divergence(optimum, world.ref_logps),
                            expected(optimum, world.rewards))
 
     def _draw_fit(self, k, world, fit):
-        for bar, height in zip(self.heights[k], fit.policy[0].exp().tolist()):
+        here = self.artists
+        for bar, height in zip(here.heights[k], fit.policy[0].exp().tolist()):
             bar.set_height(height)
         ratios = (fit.policy - world.ref_logps)[0]
-        self.points[k].set_data(world.rewards[0], ratios.clamp(LOW, HIGH))
-        self.paths[k].set_data(fit.kl[:, 0], fit.reward[:, 0])
-        self.ends[k].set_data(fit.kl[-1], fit.reward[-1])
+        here.points[k].set_data(world.rewards[0], ratios.clamp(LOW, HIGH))
+        here.paths[k].set_data(fit.kl[:, 0], fit.reward[:, 0])
+        here.ends[k].set_data(fit.kl[-1], fit.reward[-1])
 
     def png(self) -> bytes:
         "The picture, several times as fast as `savefig`."
-        return self.pixels.png(self.legend)
+        return self.pixels.png(self.artists.legend)
 
 # %% ../nbs/theory/10_playground.ipynb #4da66329
 def bench_controls(first="vcb", second="dpo", gamma=1., candidates=0, seed=0) -> dict:
