@@ -86,9 +86,11 @@ OTHER = {
     "resume_from_checkpoint": "b.txt", "title": "A run", "max_prompts": 9, "eval_delay": 2}
 # What some need beside them.
 BESIDE = {"load_best_model_at_end": {"eval_strategy": "epoch", "save_strategy": "epoch"},
+          "sft.save_adapter": {"model": "a.txt"}, "pretrain.save_adapter": {"model": "a.txt"},
           "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
           "data.pairs": {"world": None}}
-# Needs a GPU, a package, a process group or the Hub: what is declared is compared with the key alone.
+# Needs a GPU, a package, a process group or the Hub: the declaration is compared with the key
+# alone.
 CANNOT = {"tf32", "fsdp", "deepspeed", "ddp_backend", "revision", "quantization"}
 
 

@@ -326,6 +326,16 @@ class PromptTrainer(EvenTrainer):
         if "loss" in logs and self._records: logs.update(self._step_metrics())
         super().log(logs, *args, **kwargs)
 
+    def unlogged(self)->dict:
+        "The records of the steps since the last log as well."
+        records = {f"record-{i:06}": r.detach().cpu() for i, r in enumerate(self._records)}
+        return {**super().unlogged(), **records}
+
+    def take_unlogged(self, kept:dict)->None:
+        super().take_unlogged(kept)
+        names = sorted(name for name in kept if name.startswith("record-"))
+        self._records = [kept[name].to(self.args.device) for name in names]
+
     def _step_metrics(self)->dict:
         "Metrics over all prompts of those steps, of all processes; every prompt weighs the same."
         record = join_records(self._records)

@@ -25,8 +25,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .adapters import merge_adapter
 from .artifacts import InputError, reason
-from .models import disable_dropout, random_model
+from .models import check_finite, disable_dropout, random_model
 from .settings import check_choice, option
+from .shards import rank_and_world
 from .tokenizers import same_tokenizer, separate_pad_id, separate_padding
 
 # %% ../nbs/foundations/10_loading.ipynb #34e09acb
@@ -127,6 +128,19 @@ def read_config(path, # as the user named the model, for the message
                          "Fix it, or save the model again.") from None
 
 # %% ../nbs/foundations/10_loading.ipynb #3636f317
+def _base_folder(folder:Path, # of the adapter
+                 base:str)->"str | Path | None":
+    "Where the base lies: as named, relative to the adapter, or beside it in a run that was moved."
+    if Path(base).is_dir(): return base
+    if (folder/base).is_dir(): return folder/base
+    if not _names_a_folder(base): return None
+    parts = Path(base).parts[1:] if Path(base).is_absolute() else Path(base).parts
+    ends = [Path(*parts[i:]) for i in range(len(parts) - 1)] # two names at least
+    found = next((above/end for end in ends for above in folder.resolve().parents
+                  if (above/end).is_dir()), None)
+    if found: log.warning("%s: its base %s is not there; taken is %s", folder, base, found)
+    return found
+
 def adapter_base(path, # as the user named the adapter, for the message
                  folder:Path, # where its files are
                 ): # str or Path
@@ -140,7 +154,10 @@ def adapter_base(path, # as the user named the adapter, for the message
     if not base or not isinstance(base, str):
         raise InputError(f"{path}: adapter_config.json names no base model. "
                          "Set base_model_name_or_path there.")
-    if not Path(base).is_dir() and (folder/base).is_dir(): return folder/base
+    if found := _base_folder(folder, base): return found
+    if _names_a_folder(base):
+        raise InputError(f"{path}: its base is {base}, and there is no such model folder. Correct "
+                         "base_model_name_or_path in adapter_config.json.")
     revision = settings.get("revision")
     return at_revision(base, revision) if revision and not Path(base).exists() else base
 
@@ -185,12 +202,30 @@ def load_tokenizer(path, # folder or Hub name; an adapter folder may leave it to
                          "Save one beside the model, or name one.")
     try: tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except Exception as e:  # the tokenizers library raises bare ones
-        raise InputError(f"{path}: the tokenizer cannot be read ({reason(e)}). "
-                         "Save it again.") from None
+        raise InputError(f"{path}: {_tokenizer_fault(folder, e)}") from None
     if tokenizer.eos_token is None: tokenizer.eos_token = _end_token(tokenizer)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: the tokenizer has no end-of-text token. Set its eos_token.")
     return separate_padding(tokenizer)
+
+def _tokenizer_fault(folder:Path, error:Exception)->str:
+    "Why a tokenizer cannot be read, and what to do, by the files that are there."
+    has = lambda name: (folder/name).is_file()
+    if has("tokenizer.json"):
+        return f"the tokenizer cannot be read ({reason(error)}). Save it again."
+    if has("vocab.json") and has("merges.txt"):
+        return ("of the tokenizer there are vocab.json and merges.txt, which do not say how a text "
+                "is split before the merges. Add the model's tokenizer.json. If it splits as GPT-2 "
+                "does, transformers.GPT2Tokenizer.from_pretrained(folder).save_pretrained(folder) "
+                "makes that file.")
+    for name in ("vocab.json", "merges.txt"):
+        if has(name): return f"the tokenizer has {name} and no tokenizer.json. Add that file."
+    if found := next((f.name for f in folder.glob("*.model")), None):
+        return (f"the tokenizer is {found}, and no tokenizer.json is beside it. Install the "
+                "package that reads it (pip install sentencepiece tiktoken), or add tokenizer.json "
+                f"({reason(error)}).")
+    return (f"the tokenizer has no tokenizer.json ({reason(error)}). Add that file, or save the "
+            "tokenizer again.")
 
 def _end_token(tokenizer):
     "The end-of-text token of a bare tokenizer.json, which has tokens but not their roles; or None."
@@ -383,7 +418,8 @@ def _read_model(auto_class, path, folder:Path, config, dtype, **kwargs):
     "Load safetensors weights; a missing tensor is an error, not a random one."
     check_attention(path, auto_class, config, kwargs.get("attn_implementation"))
     check_generation(path, folder)
-    options = dict(config=config, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    options = dict(config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                   ignore_mismatched_sizes=True) # they are refused below, with their sizes
     try: model, info = auto_class.from_pretrained(folder, **options, **kwargs)
     except ImportError as e:
         raise InputError(f"{path}: loading it this way needs a package that is not installed "
@@ -392,10 +428,23 @@ def _read_model(auto_class, path, folder:Path, config, dtype, **kwargs):
     except LOAD_ERRORS as e:
         raise InputError(f"{path}: the weights cannot be loaded ({reason(e)}). "
                          "Save the model again.") from None
+    if info["mismatched_keys"]: _refuse_sizes(path, config, info["mismatched_keys"])
     if info["missing_keys"]:
         raise InputError(f"{path}: the weights lack {sorted(info['missing_keys'])[0]}, which would "
                          "be random. Give the folder of a complete model.")
+    if rank_and_world()[0] == 0: check_finite(model, path) # FSDP leaves the others' weights empty
     return mend_generation(_origin(model, path))
+
+def _refuse_sizes(path, config, clashes):
+    "Say which numbers of the config and of the weights disagree."
+    name, stored, wanted = sorted(clashes, key=str)[0]
+    told = next((b for a, b in zip(stored, wanted) if a != b), None)
+    settings = [f"{k} {v}" for k, v in config.get_text_config().to_dict().items()
+                if type(v) is int and v == told]
+    raise InputError(f"{path}: config.json and the weights disagree. {name} has the sizes "
+                     f"{list(stored)}, and by config.json ({' or '.join(settings) or 'its sizes'}) "
+                     f"they would be {list(wanted)}. Correct config.json, or give the weights that "
+                     "belong to it.")
 
 def _origin(model, path):
     "Remember what the model was loaded from: a LoRA adapter saved later names it as its base."

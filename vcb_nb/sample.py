@@ -26,7 +26,7 @@ from .loading import (QuantizedLoading, as_dtype, load_policy, load_tokenizer, p
                             read_context, whole_folder)
 from .packing import logps_of_logits
 from .settings import REQUIRED, check_choice, check_least, check_required, option
-from .shards import complete_parts, read_parts
+from .shards import complete_parts
 
 # %% ../nbs/stages/04_sample.ipynb #6dce11f1
 log = logging.getLogger(__name__)
@@ -382,6 +382,5 @@ def sample(config:SampleConfig)->dict: # summary: counts, mean length, shares, t
         with _speed_bar(config.n * todo, speed) as on_batch:
             yield partial(_sample_part, config, tokenizer, draw, prompts, prompt_ids, on_batch)
 
-    complete_parts(config, math.ceil(len(prompts) / config.shard_size), sampler)
-    rows = read_parts(config.output_dir, complete=False) # other jobs may still be making some
+    rows = complete_parts(config, math.ceil(len(prompts) / config.shard_size), sampler)
     return {**summarise_samples(rows), "truncated_prompts": truncated, **speed}

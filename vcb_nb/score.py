@@ -21,7 +21,7 @@ from .loading import QuantizedLoading, load_tokenizer, pick_device
 from .losses import reward_sigma
 from .settings import (REQUIRED, check_least, check_required, is_function, load_function,
                              option)
-from .shards import complete_parts, read_parts
+from .shards import complete_parts
 
 # %% ../nbs/stages/05_score.ipynb #e3f8b250
 log = logging.getLogger(__name__)
@@ -102,8 +102,7 @@ def score(config:ScoreConfig)->dict: # summary: counts, mean reward, mean σ(x),
                 return rows
             yield make
 
-    complete_parts(config, total, scorer)
-    rows = read_parts(config.output_dir, complete=False) # of a job array some may be to come
+    rows = complete_parts(config, total, scorer)
     return {**summarise_scores(rows), "dropped": dropped}
 
 # %% ../nbs/stages/05_score.ipynb #7dffe111
