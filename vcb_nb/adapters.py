@@ -8,7 +8,8 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/adapters.html.md"""
 __all__ = ['add_lora']
 
 # %% ../nbs/foundations/09_adapters.ipynb #d6081087
-import inspect
+import inspect, warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft import (LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict,
@@ -29,6 +30,15 @@ def check_lora(peft_config:"dict | None")->None:
     except (ValueError, TypeError) as e:
         raise InputError(f"peft_config cannot be used ({reason(e)}). Correct it.") from None
 
+# %% ../nbs/foundations/09_adapters.ipynb #c3a51e71
+@contextmanager
+def _tied_is_seen_to():
+    "Inside, peft does not warn of tied matrices: `merge_adapter` unties what is changed."
+    with warnings.catch_warnings():
+        for said in (".*tie_word_embeddings=True.*", ".*no longer tied after merging.*"):
+            warnings.filterwarnings("ignore", said)
+        yield
+
 # %% ../nbs/foundations/09_adapters.ipynb #2fce7f5f
 def add_lora(model, # PreTrainedModel, changed in place
              peft_config:"dict | PeftConfig | None", # None: leave the model as it is
@@ -47,7 +57,8 @@ def add_lora(model, # PreTrainedModel, changed in place
         peft_config = LoraConfig(**{**defaults, **peft_config})
     if getattr(model, "is_quantized", False): # frozen; what stays whole becomes float32
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    try: model = get_peft_model(model, peft_config)
+    try:
+        with _tied_is_seen_to(): model = get_peft_model(model, peft_config)
     except ValueError as e:
         raise InputError(f"peft_config does not fit the model ({reason(e)}). "
                          "Correct target_modules, or leave it out.") from None
@@ -89,7 +100,7 @@ def merge_adapter(model:PeftModel, # is used up
     "Write an adapter into the weights of its model; NaN in it raises `ValueError`."
     if getattr(model.get_base_model(), "is_quantized", False): model = _dequantized(model)
     untied = _untie(model)
-    model = model.merge_and_unload(safe_merge=True)
+    with _tied_is_seen_to(): model = model.merge_and_unload(safe_merge=True)
     if untied:
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
             config.tie_word_embeddings = False
