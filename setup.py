@@ -20,7 +20,8 @@ setup(
     author_email=cfg["author_email"],
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)],
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "vllm": cfg["vllm_requirements"].split()},
+    extras_require={extra: cfg[f"{extra}_requirements"].split()
+                    for extra in ("dev", "vllm", "quantization")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "nbdev": ["vcb_nb = vcb_nb._modidx:d"]},  # names in backticks link to their pages
 )

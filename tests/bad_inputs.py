@@ -149,6 +149,20 @@ def truncated(folder):
     path.write_bytes(path.read_bytes()[:200])
 
 
+def raw_tokenizer(folder):
+    "A tokenizer's older form, in an architecture for which transformers has no rule of splitting."
+    vocabulary = json.loads((folder/"tokenizer.json").read_text())["model"]["vocab"]
+    without("tokenizer*")(folder)
+    write_json(folder/"vocab.json", vocabulary)
+    (folder/"merges.txt").write_text("")
+    setting("config.json", model_type="llama", architectures=["LlamaForCausalLM"])(folder)
+
+
+def only_merges(folder):
+    raw_tokenizer(folder)
+    (folder/"vocab.json").rename(folder/"tokenizer_config.json").write_text("{}")
+
+
 def an_empty_folder(world, own):
     (own/"empty").mkdir()
     return own/"empty"
@@ -341,6 +355,8 @@ MODELS = [
          ("nobody/nothing", "Hub", "Correct the name")),
     Case("attention of no kind", "sample", {"attn_implementation": "spda"},
          ("attn_implementation is 'spda'", "Did you mean 'sdpa'?")),
+    Case("revision of a folder", "score", {"revision": "main"},
+         ("revision is 'main'", "policy is a folder", "Leave revision out")),
     policy("no weights", without("*.safetensors"), "no safetensors"),
     policy("pickled weights only", pickled, "pickle", "safetensors"),
     policy("truncated weights", truncated, "weights cannot be loaded"),
@@ -352,6 +368,12 @@ MODELS = [
            "config.json"),
     policy("generation settings that cannot be", rewrite("generation_config.json",
            '{"max_new_tokens": -1}'), "generation_config.json cannot be used", "max_new_tokens"),
+    policy("more rows than the config says", setting("config.json", vocab_size=200),
+           "config.json and the weights disagree", "vocab_size 200", "Correct config.json"),
+    policy("another width than the config says", setting("config.json", hidden_size=32),
+           "config.json and the weights disagree", "hidden_size 32"),
+    policy("vocabulary and merges alone", raw_tokenizer, "merges.txt", "GPT2Tokenizer"),
+    policy("merges without a vocabulary", only_merges, "merges.txt and no tokenizer.json"),
     policy("no tokenizer", without("tokenizer*"), "no tokenizer"),
     policy("broken tokenizer", rewrite("tokenizer.json", "{"), "tokenizer cannot be read"),
     policy("tokenizer of nothing", rewrite("tokenizer.json", "{}"), "tokenizer cannot be read"),

@@ -1,6 +1,8 @@
 "Adapters: LoRA starts at the reference, trains under checkpointing, and its mistakes are named."
+import json, os, shutil
+
 import pytest, torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from tiny_models import ARCHITECTURES, IDS, base, logits, sft_adapter, tiny, tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -8,7 +10,9 @@ from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError
 from vcb_nb.loading import load_policy
 from vcb_nb.logprobs import score_logps
+from vcb_nb.reward import RewardConfig, train_reward
 from vcb_nb.saving import save_model
+from vcb_nb.sft import SFTConfig, train_sft
 
 
 def test_lora_on_top_of_an_sft_adapter(sft_adapter, tokenizer, tmp_path):
@@ -129,3 +133,41 @@ def test_tied_adapters_are_refused_before_training(tokenizer):
     model = tiny(tokenizer, "llama", tie_word_embeddings=True)
     settings = dict(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
     with pytest.raises(InputError, match="ensure_weight_tying"): add_lora(model, settings)
+
+
+def test_an_adapter_finds_its_base_from_everywhere(base, tokenizer, tmp_path, monkeypatch):
+    "Its base was given by a relative path: here and in peft, from another folder, after a move."
+    shutil.copytree(base, tmp_path/"run"/"sft"/"model")
+    monkeypatch.chdir(tmp_path)
+    model = add_lora(load_policy("run/sft/model"), {"r": 2, "init_lora_weights": False})
+    adapter = save_model(model, tokenizer, tmp_path/"run"/"vcb"/"adapter", merge=False)
+    expected = logits(model.eval())
+    os.mkdir("elsewhere")
+    monkeypatch.chdir("elsewhere")
+    for back in (load_policy(adapter), AutoPeftModelForCausalLM.from_pretrained(adapter)):
+        torch.testing.assert_close(logits(back.eval()), expected, atol=1e-5, rtol=1e-5)
+    moved = (tmp_path/"run").rename(tmp_path/"moved")
+    back = load_policy(moved/"vcb"/"adapter")
+    torch.testing.assert_close(logits(back), expected, atol=1e-5, rtol=1e-5)
+    shutil.rmtree(moved/"sft")
+    with pytest.raises(InputError, match="adapter: its base is .* no such model folder"):
+        load_policy(moved/"vcb"/"adapter")
+
+
+def test_sft_and_reward_keep_their_adapter(base, tmp_path):
+    "Beside the merged model, where it is asked for; the two are the same policy."
+    rows = [{"prompt": f"{i} soups", "completion": " are", "chosen": " are", "rejected": " is"}
+            for i in range(4)]
+    (tmp_path/"d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = dict(model=str(base), max_length=64, max_prompt_length=32, peft_config={"r": 2},
+                  save_adapter=True, use_cpu=True, max_steps=2, disable_tqdm=True, eval_share=0,
+                  learning_rate=.1, warmup_steps=0, save_strategy="no")
+    data = str(tmp_path/"d.jsonl")
+    train_sft(SFTConfig(data=data, output_dir=str(tmp_path/"sft"), **shared))
+    merged, adapter = (load_policy(tmp_path/"sft"/name) for name in ("model", "adapter"))
+    torch.testing.assert_close(logits(merged), logits(adapter), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits(merged), logits(load_policy(base)), atol=1e-3)
+    train_reward(RewardConfig(pairs=data, output_dir=str(tmp_path/"rm"), **shared))
+    assert (tmp_path/"rm"/"adapter"/"adapter_model.safetensors").exists()
+    with pytest.raises(InputError, match="save_adapter is set, and model is not"):
+        SFTConfig(data="d", tokenizer="t", save_adapter=True)

@@ -11,7 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError
 from vcb_nb.judges import reward_scores
-from vcb_nb.loading import load_policy, load_reward_model, new_reward_model
+from vcb_nb.loading import (load_policy, load_reward_model, load_tokenizer, new_reward_model,
+                            read_context)
+from vcb_nb.sample import SampleConfig, sample
+from vcb_nb.settings import check_values, source_key
+from vcb_nb.sft import SFTConfig
 from vcb_nb.saving import save_model
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
@@ -224,3 +228,71 @@ def test_a_reward_model_without_sdpa(tokenizer, tmp_path):
         assert found == pytest.approx(wanted, abs=1e-5)
     with pytest.raises(InputError, match="DebertaV2ForSequenceClassification does not support"):
         load_reward_model(folder, attn_implementation="sdpa")
+
+
+NAME = "some/model"
+
+
+@pytest.fixture
+def hub(tokenizer, tmp_path, monkeypatch):
+    """Two revisions of a model as the Hub's cache keeps them, and no network: {revision: the logits
+    of transformers}."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path/"hub"))
+    root, found = tmp_path/"hub"/"models--some--model", {}
+    (root/"refs").mkdir(parents=True)
+    for seed, revision in enumerate(("main", "step-1")):
+        commit = f"{seed + 1:040x}"
+        save_model(tiny(tokenizer, seed=seed, max_position_embeddings=128 * (seed + 1)), tokenizer,
+                   root/"snapshots"/commit)
+        (root/"refs"/revision).write_text(commit)
+        plain = AutoModelForCausalLM.from_pretrained(NAME, revision=revision,
+                                                     cache_dir=tmp_path/"hub")
+        found[revision] = found[commit] = logits(plain.eval())
+    return found
+
+
+def test_each_revision_of_a_name(hub):
+    "Branch or commit, as transformers reads them; without one it is main."
+    assert not torch.equal(hub["main"], hub["step-1"])
+    assert torch.equal(logits(load_policy(NAME)), hub["main"])
+    for revision, wanted in hub.items():
+        assert torch.equal(logits(load_policy(f"{NAME}@{revision}")), wanted)
+    assert load_tokenizer(f"{NAME}@step-1").eos_token_id == 0
+    assert (read_context(NAME), read_context(f"{NAME}@step-1")) == (128, 256)
+    assert source_key(NAME) != source_key(f"{NAME}@step-1")
+    with pytest.raises(InputError, match="Correct the name or the revision"):
+        load_policy(f"{NAME}@step-2")
+
+
+def test_an_adapter_remembers_the_revision_of_its_base(hub, tokenizer, tmp_path):
+    model = add_lora(load_policy(f"{NAME}@step-1"), {"r": 2, "init_lora_weights": False})
+    folder = save_model(model, tokenizer, tmp_path/"adapter", merge=False)
+    stored = json.loads((folder/"adapter_config.json").read_text())
+    assert (stored["base_model_name_or_path"], stored["revision"]) == (NAME, "step-1")
+    torch.testing.assert_close(logits(load_policy(folder)), logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_a_stage_takes_a_revision(hub, tmp_path):
+    "The setting and the notation are the same, and both are found in the key of the result."
+    (tmp_path/"p.jsonl").write_text('{"prompt": "The soup"}')
+    drawn = {}
+    for name, policy, more in (("setting", NAME, {"revision": "step-1"}),
+                               ("notation", f"{NAME}@step-1", {}), ("main", NAME, {})):
+        sample(SampleConfig(policy, "p.jsonl", str(tmp_path/name), n=2, max_new_tokens=4,
+                            device="cpu", **more))
+        part, = (tmp_path/name/"data").glob("part-*.jsonl")
+        drawn[name] = json.loads(part.read_text())["sample_logps"]
+    assert drawn["setting"] == drawn["notation"] != drawn["main"]
+
+
+def test_where_a_revision_makes_no_sense(base):
+    with pytest.raises(InputError, match="is a folder.* Leave revision out"):
+        SampleConfig(str(base), "p", "o", revision="main")
+    with pytest.raises(InputError, match="differ. Leave one out"):
+        SampleConfig("a/b@main", "p", "o", revision="step-1")
+    with pytest.raises(InputError, match="revision is set, and model is not"):
+        SFTConfig(data="d", tokenizer="t", revision="main")
+    with pytest.raises(InputError, match="Did you mean 'revision'"):
+        check_values(SFTConfig, {"model_revision": "main"}, "my.yaml: sft")

@@ -29,7 +29,7 @@ def test_aliases_and_canonical_names_are_the_same_setting(tokenizer):
     ("gpt_neox", {"hiden_size": 8}, "hidden_size"),
     ("gptneox", {}, "gpt_neox"), ("t5", {}, "causal LM"),
     ("gpt_neox", {"vocab_size": 8}, "tokenizer"), ("gpt_neox", {"hidden_size": 33}, "hidden size"),
-    ("gpt_neox", {"hidden_size": "wide"}, "cannot be built"), ("bloom", {}, "attention")])
+    ("gpt_neox", {"hidden_size": "wide"}, "cannot be built"), ("gpt_neo", {}, "attention_layers")])
 def test_a_bad_setting_is_named(tokenizer, architecture, settings, says):
     with pytest.raises(InputError, match=says): new_policy(tokenizer, architecture, **settings)
 

@@ -68,7 +68,7 @@ OTHER = {
     "world": {"pairs": 11}, "data.pairs": ["b.txt"], "reward.pairs": "b.txt",
     "model": "b.txt", "architecture": "llama",
     "model_config": {"hidden_size": 64}, "dtype": "bfloat16", "device": "cpu",
-    "attn_implementation": "eager", "policy": "b.txt",
+    "attn_implementation": "eager", "quantization": "4bit", "policy": "b.txt",
     "policies": {"vcb": "b.txt"}, "methods": {"sft": {"method": "sft"}}, "backend": "vllm",
     "calibrate.reference": "live", "pretrain.objective": "completion",
     "objective": "text",
@@ -86,10 +86,12 @@ OTHER = {
     "resume_from_checkpoint": "b.txt", "title": "A run", "max_prompts": 9, "eval_delay": 2}
 # What some need beside them.
 BESIDE = {"load_best_model_at_end": {"eval_strategy": "epoch", "save_strategy": "epoch"},
+          "sft.save_adapter": {"model": "a.txt"}, "pretrain.save_adapter": {"model": "a.txt"},
           "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
           "data.pairs": {"world": None}}
-# Needs a GPU, a package or a process group: what is declared is compared with the key alone.
-CANNOT = {"tf32", "fsdp", "deepspeed", "ddp_backend"}
+# Needs a GPU, a package, a process group or the Hub: the declaration is compared with the key
+# alone.
+CANNOT = {"tf32", "fsdp", "deepspeed", "ddp_backend", "revision", "quantization"}
 
 
 def of_setting(table, stage, name, default):

@@ -8,9 +8,12 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/adapters.html.md"""
 __all__ = ['add_lora']
 
 # %% ../nbs/foundations/09_adapters.ipynb #d6081087
-import inspect
+import inspect, warnings
+from contextlib import contextmanager
+from pathlib import Path
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import (LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict,
+                  prepare_model_for_kbit_training, set_peft_model_state_dict)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -26,6 +29,15 @@ def check_lora(peft_config:"dict | None")->None:
     try: LoraConfig(**peft_config or {})
     except (ValueError, TypeError) as e:
         raise InputError(f"peft_config cannot be used ({reason(e)}). Correct it.") from None
+
+# %% ../nbs/foundations/09_adapters.ipynb #c3a51e71
+@contextmanager
+def _tied_is_seen_to():
+    "Inside, peft does not warn of tied matrices: `merge_adapter` unties what is changed."
+    with warnings.catch_warnings():
+        for said in (".*tie_word_embeddings=True.*", ".*no longer tied after merging.*"):
+            warnings.filterwarnings("ignore", said)
+        yield
 
 # %% ../nbs/foundations/09_adapters.ipynb #2fce7f5f
 def add_lora(model, # PreTrainedModel, changed in place
@@ -43,13 +55,20 @@ def add_lora(model, # PreTrainedModel, changed in place
         scores = "SequenceClassification" in type(model).__name__
         defaults = dict(task_type="SEQ_CLS" if scores else "CAUSAL_LM", target_modules="all-linear")
         peft_config = LoraConfig(**{**defaults, **peft_config})
-    try: model = get_peft_model(model, peft_config)
+    if getattr(model, "is_quantized", False): # frozen; what stays whole becomes float32
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    try:
+        with _tied_is_seen_to(): model = get_peft_model(model, peft_config)
     except ValueError as e:
         raise InputError(f"peft_config does not fit the model ({reason(e)}). "
                          "Correct target_modules, or leave it out.") from None
     if any(getattr(c, "target_modules_to_tie", None) for c in model.peft_config.values()):
         raise InputError("peft_config: adapters that ensure_weight_tying ties cannot be merged or "
                          "saved. Leave it out: a layer that is changed is untied then.")
+    for config in model.peft_config.values(): # as peft names a base on the Hub
+        name, _, revision = str(config.base_model_name_or_path or "").partition("@")
+        if revision and not Path(config.base_model_name_or_path).exists():
+            config.base_model_name_or_path, config.revision = name, revision
     # Without it, re-entrant gradient checkpointing gives the adapters no gradient.
     model.enable_input_require_grads()
     return model
@@ -68,11 +87,20 @@ def _untie(model)->bool: # was anything tied?
         untied = True
     return untied
 
+def _dequantized(model:PeftModel)->PeftModel:
+    "The same adapter on whole weights, those that the quantised ones stand for."
+    name, config = model.active_adapter, model.peft_config[model.active_adapter]
+    weights = get_peft_model_state_dict(model, adapter_name=name)
+    whole = get_peft_model(model.unload().dequantize(), config, adapter_name=name)
+    set_peft_model_state_dict(whole, weights, adapter_name=name)
+    return whole
+
 def merge_adapter(model:PeftModel, # is used up
                  ): # PreTrainedModel
     "Write an adapter into the weights of its model; NaN in it raises `ValueError`."
+    if getattr(model.get_base_model(), "is_quantized", False): model = _dequantized(model)
     untied = _untie(model)
-    model = model.merge_and_unload(safe_merge=True)
+    with _tied_is_seen_to(): model = model.merge_and_unload(safe_merge=True)
     if untied:
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
             config.tie_word_embeddings = False

@@ -19,7 +19,7 @@ from .adapters import check_lora, fresh_adapter
 from .artifacts import InputError
 from .batches import check_dataset
 from .data import attach_ids, check_stored_ids, load_candidates
-from .loading import (LoadingSettings, check_same_tokenizer, load_policy,
+from .loading import (QuantizedLoading, at_revision, check_same_tokenizer, load_policy,
                             load_tokenizer)
 from .logprobs import WAYS, checked_logps, choose_way, lay_out
 from .losses import LOSSES, calibration_metrics, preference_loss, reward_sigma, target_gamma
@@ -50,7 +50,7 @@ def check_loss_params(name:str, params:dict)->None:
 
 # %% ../nbs/stages/06_calibrate.ipynb #248d7b8c
 @dataclass
-class CalibrationConfig(TrainingDefaults, LoadingSettings):
+class CalibrationConfig(TrainingDefaults, QuantizedLoading):
     """Settings of `calibrate`: these, and every field of `TrainingArguments`.
 
     `per_device_train_batch_size` counts prompts, each with all its candidates.
@@ -464,6 +464,7 @@ class CalibrationTrainer(ReferenceTrainer):
         if reference is not None and args.reference == "stored":
             raise InputError("A reference model was given, but reference='stored' reads the column "
                              "ref_logps. Set reference='live', or give none.")
+        if args.revision and isinstance(model, str): model = at_revision(model, args.revision)
         source = "" if processing_class else source_of(model, args.model)
         tokenizer = processing_class or load_tokenizer(source)
         model, reference = (load_policy(m, **args.loading) if isinstance(m, (str, Path)) else m

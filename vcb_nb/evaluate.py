@@ -18,7 +18,7 @@ import torch
 from .artifacts import InputError, did_you_mean, fingerprint, read_json, write_json
 from .data import attach_ids, load_candidates
 from .judges import PolicyJudge, load_judge
-from .loading import (LoadingSettings, check_same_tokenizer, load_tokenizer,
+from .loading import (QuantizedLoading, check_same_tokenizer, load_tokenizer,
                             pick_device)
 from .measures import (calibration, distinct_n, distinct_share, estimate, kl_estimates,
                              margin, win_tie_lose)
@@ -34,8 +34,9 @@ log = logging.getLogger(__name__)
 JUDGES = ("gold", "reward")
 
 @dataclass
-class ScoringConfig(LoadingSettings):
+class ScoringConfig(QuantizedLoading):
     "Settings that every evaluation needs."
+    first_model = "reference"
     limit: int | None = option(None, "Use only the first rows of each file.")
     max_prompt_length: int = option(512, "Tokens kept of a prompt, from its end.")
     max_new_tokens: int = option(128, "Most tokens of a sample or completion.")
@@ -63,7 +64,7 @@ class ScoringConfig(LoadingSettings):
 
 # %% ../nbs/stages/08_evaluate.ipynb #9c5bee22
 SAMPLING = ("n", "temperature", "top_p", "top_k", "max_prompt_length", "max_new_tokens", "limit",
-            "batch_size", "seed", "dtype", "attn_implementation", "device")
+            "batch_size", "seed", "dtype", "attn_implementation", "quantization", "device")
 
 def sampling(config, policy:str, prompts:str, folder)->SampleConfig:
     "The settings of the sampling, the same for every policy."

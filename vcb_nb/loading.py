@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/loading.html.md"""
 __all__ = ['trusting_remote_code', 'load_tokenizer', 'load_policy', 'new_reward_model', 'load_reward_model']
 
 # %% ../nbs/foundations/10_loading.ipynb #a88a72b0
-import copy, json, logging, math, os, re
+import copy, importlib.util, json, logging, math, os, re
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer, GenerationConfig)
+                          AutoTokenizer, BitsAndBytesConfig, GenerationConfig)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .adapters import merge_adapter
@@ -57,8 +57,24 @@ _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 def _names_a_folder(path:str)->bool:
     "Is it a path that is missing, rather than a name on the Hub?"
-    hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.startswith(".")
-    return not hub_name or ("/" in path and Path(path).parent.is_dir())
+    hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", path) and not path.startswith(".")
+    return not hub_name or ("/" in path and Path(path.partition("@")[0]).parent.is_dir())
+
+def split_revision(path)->tuple: # (folder or Hub name, revision or None)
+    "Separate the revision from 'name@revision'."
+    name, _, revision = str(path).partition("@")
+    return (str(path), None) if Path(path).exists() else (name, revision or None)
+
+def at_revision(path, revision:str, # branch, tag or commit
+               )->str: # 'name@revision'
+    "Name a revision of a model on the Hub; `InputError` for a folder, which has none."
+    path, revision = str(path), str(revision)
+    if path.endswith(f"@{revision}"): return path
+    if Path(path).expanduser().exists() or _names_a_folder(path):
+        raise InputError(f"revision is '{revision}', and {path} is a folder. Only a model named by "
+                         "its name on the Hub has revisions. Leave revision out.")
+    if "@" in path: raise InputError(f"{path} and revision '{revision}' differ. Leave one out.")
+    return f"{path}@{revision}"
 
 def model_folder(path, # folder, or name on the Hub
                  weights:bool=True, # False: tokenizer and config only
@@ -71,10 +87,13 @@ def model_folder(path, # folder, or name on the Hub
         raise InputError(f"{path}: there is no such model folder. "
                          "Train it first, or correct the path.")
     wanted = _TEXT_FILES + ["*.safetensors"] * weights + ["*.py"] * trust_remote_code
-    try: return Path(snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=["*/*"]))
+    name, revision = split_revision(path)
+    try: return Path(snapshot_download(name, revision=revision, allow_patterns=wanted,
+                                       ignore_patterns=["*/*"]))
     except (OSError, ValueError, HfHubHTTPError) as e:
         raise InputError(f"{path}: neither a folder nor a model available on the Hub "
-                         f"({reason(e)}). Correct the name, or download the model and give "
+                         f"({reason(e)}). Correct the name{' or the revision' * bool(revision)}, "
+                         "or download the model and give "
                          "its folder.") from None
 
 # %% ../nbs/foundations/10_loading.ipynb #f4025cac
@@ -109,6 +128,19 @@ def read_config(path, # as the user named the model, for the message
                          "Fix it, or save the model again.") from None
 
 # %% ../nbs/foundations/10_loading.ipynb #3636f317
+def _base_folder(folder:Path, # of the adapter
+                 base:str)->"str | Path | None":
+    "Where the base lies: as named, relative to the adapter, or beside it in a run that was moved."
+    if Path(base).is_dir(): return base
+    if (folder/base).is_dir(): return folder/base
+    if not _names_a_folder(base): return None
+    parts = Path(base).parts[1:] if Path(base).is_absolute() else Path(base).parts
+    ends = [Path(*parts[i:]) for i in range(len(parts) - 1)] # two names at least
+    found = next((above/end for end in ends for above in folder.resolve().parents
+                  if (above/end).is_dir()), None)
+    if found: log.warning("%s: its base %s is not there; taken is %s", folder, base, found)
+    return found
+
 def adapter_base(path, # as the user named the adapter, for the message
                  folder:Path, # where its files are
                 ): # str or Path
@@ -122,7 +154,12 @@ def adapter_base(path, # as the user named the adapter, for the message
     if not base or not isinstance(base, str):
         raise InputError(f"{path}: adapter_config.json names no base model. "
                          "Set base_model_name_or_path there.")
-    return folder/base if not Path(base).is_dir() and (folder/base).is_dir() else base
+    if found := _base_folder(folder, base): return found
+    if _names_a_folder(base):
+        raise InputError(f"{path}: its base is {base}, and there is no such model folder. Correct "
+                         "base_model_name_or_path in adapter_config.json.")
+    revision = settings.get("revision")
+    return at_revision(base, revision) if revision and not Path(base).exists() else base
 
 # %% ../nbs/foundations/10_loading.ipynb #1ab2c3d4
 def read_context(path, # folder or Hub name of a policy, or of an adapter
@@ -165,12 +202,30 @@ def load_tokenizer(path, # folder or Hub name; an adapter folder may leave it to
                          "Save one beside the model, or name one.")
     try: tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except Exception as e:  # the tokenizers library raises bare ones
-        raise InputError(f"{path}: the tokenizer cannot be read ({reason(e)}). "
-                         "Save it again.") from None
+        raise InputError(f"{path}: {_tokenizer_fault(folder, e)}") from None
     if tokenizer.eos_token is None: tokenizer.eos_token = _end_token(tokenizer)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: the tokenizer has no end-of-text token. Set its eos_token.")
     return separate_padding(tokenizer)
+
+def _tokenizer_fault(folder:Path, error:Exception)->str:
+    "Why a tokenizer cannot be read, and what to do, by the files that are there."
+    has = lambda name: (folder/name).is_file()
+    if has("tokenizer.json"):
+        return f"the tokenizer cannot be read ({reason(error)}). Save it again."
+    if has("vocab.json") and has("merges.txt"):
+        return ("of the tokenizer there are vocab.json and merges.txt, which do not say how a text "
+                "is split before the merges. Add the model's tokenizer.json. If it splits as GPT-2 "
+                "does, transformers.GPT2Tokenizer.from_pretrained(folder).save_pretrained(folder) "
+                "makes that file.")
+    for name in ("vocab.json", "merges.txt"):
+        if has(name): return f"the tokenizer has {name} and no tokenizer.json. Add that file."
+    if found := next((f.name for f in folder.glob("*.model")), None):
+        return (f"the tokenizer is {found}, and no tokenizer.json is beside it. Install the "
+                "package that reads it (pip install sentencepiece tiktoken), or add tokenizer.json "
+                f"({reason(error)}).")
+    return (f"the tokenizer has no tokenizer.json ({reason(error)}). Add that file, or save the "
+            "tokenizer again.")
 
 def _end_token(tokenizer):
     "The end-of-text token of a bare tokenizer.json, which has tokens but not their roles; or None."
@@ -252,17 +307,70 @@ class LoadingSettings:
     attn_implementation: str | None = option(None,
         "How attention is computed: 'eager', 'sdpa', 'flash_attention_2', …; if not given, sdpa "
         "where the model supports it, else eager.", decides=False)
+    revision: str | None = option(None,
+        "Branch, tag or commit of the stage's first model, where that is a name on the Hub. Of "
+        "other models write name@revision.")
+
+    first_model = "model" # the setting that `revision` is about
 
     def check_loading(self)->None:
         "Raise `InputError` for a value that there is not."
         as_dtype(self.dtype)
         if self.attn_implementation is not None:
             check_choice("attn_implementation", self.attn_implementation, ATTENTION)
+        named = getattr(self, self.first_model, None)
+        if self.revision and named:
+            setattr(self, self.first_model, at_revision(named, self.revision))
 
     @property
     def loading(self)->dict:
         "Arguments of `load_policy` and `load_reward_model`."
         return dict(dtype=self.dtype, attn_implementation=self.attn_implementation)
+
+# %% ../nbs/foundations/10_loading.ipynb #c3a51e52
+QUANTIZATION = ("4bit", "8bit")
+
+def check_quantization(quantization:"str | None")->None:
+    "Raise `InputError` for a kind that there is not, or where the package is missing."
+    if quantization is None: return
+    check_choice("quantization", quantization, QUANTIZATION)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"quantization '{quantization}' needs the package bitsandbytes. Install "
+                         "it with pip install vcb-nb[quantization], or leave quantization out.")
+
+def quantized(quantization:"str | None", dtype:torch.dtype, # of the products
+              device, # as in `load_policy`
+             )->dict: # arguments of `from_pretrained`
+    "How `transformers` has to load a model; empty where its weights stay whole."
+    check_quantization(quantization)
+    if quantization is None: return {}
+    heads = ["lm_head", "embed_out", "score", "classifier"]
+    options = {"4bit": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                            bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype),
+               "8bit": dict(load_in_8bit=True)}[quantization]
+    place = pick_device(str(device or "auto"))
+    return dict(quantization_config=BitsAndBytesConfig(llm_int8_skip_modules=heads, **options),
+                **({} if place.type == "cpu" else dict(device_map={"": place})))
+
+# %% ../nbs/foundations/10_loading.ipynb #c3a51e54
+@dataclass(kw_only=True)
+class QuantizedLoading(LoadingSettings):
+    "The same where a model may be quantised."
+    quantization: str | None = option(None,
+        "Keep the weights in '4bit' or '8bit' (pip install vcb-nb[quantization]); training then "
+        "needs peft_config. dtype is that of the products.")
+
+    def check_loading(self)->None:
+        "The same, and that what is quantised is not trained in full."
+        super().check_loading()
+        check_quantization(self.quantization)
+        if self.quantization and not getattr(self, "peft_config", {"r": 1}):
+            raise InputError(f"quantization is '{self.quantization}', and quantised weights cannot "
+                             "be trained. Set peft_config to train an adapter, or leave "
+                             "quantization out.")
+
+    @property
+    def loading(self)->dict: return dict(super().loading, quantization=self.quantization)
 
 # %% ../nbs/foundations/10_loading.ipynb #c3a51e12
 _FIRST = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate") # others hang on these
@@ -310,7 +418,8 @@ def _read_model(auto_class, path, folder:Path, config, dtype, **kwargs):
     "Load safetensors weights; a missing tensor is an error, not a random one."
     check_attention(path, auto_class, config, kwargs.get("attn_implementation"))
     check_generation(path, folder)
-    options = dict(config=config, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    options = dict(config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                   ignore_mismatched_sizes=True) # they are refused below, with their sizes
     try: model, info = auto_class.from_pretrained(folder, **options, **kwargs)
     except ImportError as e:
         raise InputError(f"{path}: loading it this way needs a package that is not installed "
@@ -319,11 +428,23 @@ def _read_model(auto_class, path, folder:Path, config, dtype, **kwargs):
     except LOAD_ERRORS as e:
         raise InputError(f"{path}: the weights cannot be loaded ({reason(e)}). "
                          "Save the model again.") from None
+    if info["mismatched_keys"]: _refuse_sizes(path, config, info["mismatched_keys"])
     if info["missing_keys"]:
         raise InputError(f"{path}: the weights lack {sorted(info['missing_keys'])[0]}, which would "
                          "be random. Give the folder of a complete model.")
     if rank_and_world()[0] == 0: check_finite(model, path) # FSDP leaves the others' weights empty
     return mend_generation(_origin(model, path))
+
+def _refuse_sizes(path, config, clashes):
+    "Say which numbers of the config and of the weights disagree."
+    name, stored, wanted = sorted(clashes, key=str)[0]
+    told = next((b for a, b in zip(stored, wanted) if a != b), None)
+    settings = [f"{k} {v}" for k, v in config.get_text_config().to_dict().items()
+                if type(v) is int and v == told]
+    raise InputError(f"{path}: config.json and the weights disagree. {name} has the sizes "
+                     f"{list(stored)}, and by config.json ({' or '.join(settings) or 'its sizes'}) "
+                     f"they would be {list(wanted)}. Correct config.json, or give the weights that "
+                     "belong to it.")
 
 def _origin(model, path):
     "Remember what the model was loaded from: a LoRA adapter saved later names it as its base."
@@ -335,13 +456,18 @@ def load_policy(path, # folder or Hub name; a PEFT adapter folder is merged into
                 dtype=None, # torch dtype or its name; None: float32
                 device=None, # None: stay on the CPU
                 attn_implementation:str=None, # one of `ATTENTION`; None: sdpa if supported
+                quantization:str=None, # one of `QUANTIZATION`; None: whole weights
                 trust_remote_code:bool=False, # run Python code that comes with the model
                ): # PreTrainedModel
     "A causal LM with dropout off, from safetensors only; `InputError` says what is wrong."
     trust = may_run_code(trust_remote_code)
     folder, dtype = model_folder(path, trust_remote_code=trust), as_dtype(dtype)
-    options = dict(attn_implementation=attn_implementation, trust_remote_code=trust)
+    options = dict(attn_implementation=attn_implementation, trust_remote_code=trust,
+                   **quantized(quantization, dtype, device))
     if (folder/"adapter_config.json").is_file():
+        if quantization:
+            raise InputError(f"{path} is an adapter, and merging it into quantised weights would "
+                             "change it. Save the merged model, and give that folder.")
         model = _merge_adapter(path, folder, **options).to(dtype)
     else:
         check_weights(path, folder)
@@ -349,7 +475,8 @@ def load_policy(path, # folder or Hub name; a PEFT adapter folder is merged into
         _check_causal(path, config)
         model = _read_model(AutoModelForCausalLM, path, folder, config, dtype, **options)
     disable_dropout(model)
-    return model if device is None else model.to(pick_device(str(device)))
+    if device is None or quantization: return model
+    return model.to(pick_device(str(device)))
 
 def _check_causal(path, config):
     "Refuse encoder-decoders, reward models and masked LMs."
@@ -395,6 +522,7 @@ def load_reward_model(path, # folder or Hub name
                       dtype=None, # torch dtype or its name; None: float32
                       device=None, # None: stay on the CPU
                       attn_implementation:str=None, # one of `ATTENTION`; None: sdpa if supported
+                      quantization:str=None, # one of `QUANTIZATION`; None: whole weights
                      ): # PreTrainedModel with one label
     "A reward model, dropout off, with a padding id of its own; `InputError` for anything else."
     folder = model_folder(path)
@@ -404,11 +532,14 @@ def load_reward_model(path, # folder or Hub name
     check_weights(path, folder)
     config = read_config(path, folder)
     _check_one_score(path, config)
-    model = _read_model(AutoModelForSequenceClassification, path, folder, config, as_dtype(dtype),
-                        attn_implementation=attn_implementation)
+    dtype = as_dtype(dtype)
+    options = dict(attn_implementation=attn_implementation,
+                   **quantized(quantization, dtype, device))
+    model = _read_model(AutoModelForSequenceClassification, path, folder, config, dtype, **options)
     tokenizer = load_tokenizer(path) if has_tokenizer(folder) else None
     model = disable_dropout(separate_pad_id(model, tokenizer, config.pad_token_id))
-    return model if device is None else model.to(pick_device(str(device)))
+    if device is None or quantization: return model
+    return model.to(pick_device(str(device)))
 
 def _check_one_score(path, config):
     "Refuse a model without a score head, or with more than one score."

@@ -25,7 +25,8 @@ from .loading import LoadingSettings, load_tokenizer, new_reward_model
 from .measures import reward_metrics
 from .settings import REQUIRED, check_least, check_required, option
 from .training import (EvenTrainer, TrainingDefaults, check_share, checkpoint_args,
-                             final_loss, held_out_split, remove_checkpoints, run_training)
+                             final_loss, held_out_split, remove_checkpoints, run_training,
+                             save_adapter)
 
 # %% ../nbs/stages/03_reward.ipynb #9e90d8fd
 def bradley_terry_loss(chosen, # [pairs] rewards of the preferred completions
@@ -97,6 +98,8 @@ class RewardConfig(TrainingDefaults, LoadingSettings):
     n_bins: int = option(10, "Rows of the reliability table.")
     peft_config: dict | None = option(None,
         "LoRA settings (r, lora_alpha, target_modules, …). None trains all weights.")
+    save_adapter: bool = option(False,
+        "With LoRA: keep the adapter as well, in output_dir/adapter.")
     learning_rate: float = option(1e-5, "Peak learning rate of AdamW.")
     num_train_epochs: float = option(1., "Passes over the pairs.")
     lr_scheduler_type: str = option("cosine", "Learning-rate schedule.")
@@ -175,6 +178,7 @@ def train_reward(config:RewardConfig)->dict: # accuracy, accuracy_interval, ece,
     train, held_out, dropped = reward_datasets(config, tokenizer)
     trainer = reward_trainer(config, model, tokenizer, train, held_out)
     run_training(trainer, config, "reward")
+    save_adapter(trainer, config)
     report = held_out_report(trainer, config)
     remove_checkpoints(config)
     return dict(train_loss=final_loss(trainer.state.log_history), steps=trainer.state.global_step,

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from .artifacts import InputError, Progress
 from .batches import accepts, evaluating, pad_rows, unwrap
 from .data import encode_prompts, load_prompts
-from .loading import (LoadingSettings, as_dtype, load_policy, load_tokenizer, pick_device,
+from .loading import (QuantizedLoading, as_dtype, load_policy, load_tokenizer, pick_device,
                             read_context, whole_folder)
 from .packing import logps_of_logits
 from .settings import REQUIRED, check_choice, check_least, check_required, option
@@ -253,8 +253,9 @@ BACKENDS = ("transformers", "vllm")
 
 # %% ../nbs/stages/04_sample.ipynb #624d7694
 @dataclass
-class SampleConfig(LoadingSettings):
+class SampleConfig(QuantizedLoading):
     "What to sample, from which policy, and where to write it."
+    first_model = "policy"
     policy: str = option(REQUIRED, "Model folder or hub name to draw from: the SFT model.",
                          source=True)
     prompts: str = option(REQUIRED,
@@ -286,6 +287,9 @@ class SampleConfig(LoadingSettings):
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}. Set it above 0 and at most to 1.")
         check_choice("backend", self.backend, BACKENDS)
+        if self.backend == "vllm" and self.quantization:
+            raise InputError("quantization is for the backend transformers. Leave it out: vLLM "
+                             "reads how a model is quantised from its folder.")
         if self.backend == "vllm" and self.device != "auto":
             raise InputError(f"device is {self.device}, but vLLM takes the first GPU it sees. "
                              "Leave device at auto, and choose the GPU with CUDA_VISIBLE_DEVICES.")

@@ -33,10 +33,18 @@ def save_model(model, # PreTrainedModel or PeftModel; left as it is
     for config in filter(None, (model.config, getattr(model, "generation_config", None))):
         if getattr(config, "use_cache", None) is False: config.use_cache = True
     if not isinstance(model, PeftModel): mend_generation(model)
+    else: _settle_base(model)
     with atomic_dir(path) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None: tokenizer.save_pretrained(folder)
     return Path(path)
+
+def _settle_base(model:PeftModel)->None:
+    "An adapter finds a base that is a folder from everywhere, and not from here alone."
+    for config in model.peft_config.values():
+        base = Path(config.base_model_name_or_path or "").expanduser()
+        if config.base_model_name_or_path and base.is_dir():
+            config.base_model_name_or_path = str(base.resolve())
 
 # %% ../nbs/foundations/11_saving.ipynb #c3a51e22
 def rehearse_saving(model, # PreTrainedModel or PeftModel

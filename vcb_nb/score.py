@@ -17,7 +17,7 @@ import torch
 from .artifacts import InputError, Progress
 from .data import candidate_parts
 from .judges import PolicyJudge, load_judge
-from .loading import LoadingSettings, load_tokenizer, pick_device
+from .loading import QuantizedLoading, load_tokenizer, pick_device
 from .losses import reward_sigma
 from .settings import (REQUIRED, check_least, check_required, is_function, load_function,
                              option)
@@ -47,8 +47,9 @@ def score_rows(rows:list, # candidate rows
 
 # %% ../nbs/stages/05_score.ipynb #06d6c185
 @dataclass
-class ScoreConfig(LoadingSettings):
+class ScoreConfig(QuantizedLoading):
     "Which candidates to score, with what, and where to."
+    first_model = "reference"
     candidates: str = option(REQUIRED,
         "Candidates: the sample stage's folder, or any n-best list.", source=True)
     output_dir: str = option(REQUIRED,

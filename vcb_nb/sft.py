@@ -21,13 +21,13 @@ from .adapters import add_lora, check_lora
 from .artifacts import InputError
 from .batches import pad_rows
 from .data import encode_completion, encode_prompt, load_demonstrations, load_rows, load_texts
-from .loading import LoadingSettings, load_policy, load_tokenizer
+from .loading import QuantizedLoading, load_policy, load_tokenizer
 from .models import check_architecture, new_policy
 from .settings import REQUIRED, check_choice, check_least, check_required, option
 from .tokenizers import match_tokenizer
 from .training import (EvenTrainer, TrainingDefaults, check_share, checkpoint_args,
                              final_evaluation, final_loss, held_out_split, remove_checkpoints,
-                             run_training)
+                             run_training, save_adapter)
 
 # %% ../nbs/stages/02_sft.ipynb #f391832e
 OBJECTIVES = ("completion", "text")
@@ -66,7 +66,7 @@ def pack_texts(tokenizer, texts, # iterable of str
 
 # %% ../nbs/stages/02_sft.ipynb #2997e53a
 @dataclass
-class SFTConfig(TrainingDefaults, LoadingSettings):
+class SFTConfig(TrainingDefaults, QuantizedLoading):
     "Fine-tune `model`, or train a new one, on demonstrations or plain text."
     output_dir: str = option("runs/sft", "Folder for everything this stage writes.", decides=False)
     model: str | None = option(None,
@@ -89,6 +89,8 @@ class SFTConfig(TrainingDefaults, LoadingSettings):
     eval_share: float = option(.05, "Share of data that is held out; 0 holds out none.")
     peft_config: dict | None = option(None,
         "LoRA settings (r, lora_alpha, target_modules, …). None trains all weights.")
+    save_adapter: bool = option(False,
+        "With LoRA: keep the adapter as well, in output_dir/adapter.")
     learning_rate: float = option(1e-5, "Peak learning rate of AdamW.")
     num_train_epochs: float = option(1., "Passes over the data.")
     lr_scheduler_type: str = option("cosine", "Learning-rate schedule.")
@@ -102,6 +104,10 @@ class SFTConfig(TrainingDefaults, LoadingSettings):
         check_lora(self.peft_config)
         self.check_loading()
         if self.model is None: check_architecture(self.architecture, self.model_config or ())
+        for name in ("revision", "quantization", "save_adapter"):
+            if self.model is None and getattr(self, name):
+                raise InputError(f"{name} is set, and model is not. Name the model, or leave "
+                                 f"{name} out.")
         if self.model is None and self.tokenizer is None:
             raise InputError("Neither model nor tokenizer is set. Name a tokenizer for the new "
                              "model, or a model to start from.")
@@ -192,6 +198,7 @@ def train_sft(config:SFTConfig)->dict: # train_loss, eval_loss (nats per token),
     train, held_out = sft_datasets(config, tokenizer)
     trainer = sft_trainer(config, model, tokenizer, train, held_out)
     run_training(trainer, config, "sft")
+    save_adapter(trainer, config)
     evaluation = final_evaluation(trainer)
     remove_checkpoints(config)
     return dict(train_loss=final_loss(trainer.state.log_history),
