@@ -14,6 +14,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from .artifacts import InputError, atomic_dir
+from .tokenizers import forget_unknown_padding
 
 # %% ../nbs/foundations/11_saving.ipynb #24bc142a
 def save_model(model, # PreTrainedModel or PeftModel; left as it is
@@ -29,6 +30,7 @@ def save_model(model, # PreTrainedModel or PeftModel; left as it is
                              "not be loaded. Save and load the base first, or set merge=True.")
     for config in filter(None, (model.config, getattr(model, "generation_config", None))):
         if getattr(config, "use_cache", None) is False: config.use_cache = True
+    forget_unknown_padding(model) # the tokenizer may have a token that the model never needed
     with atomic_dir(path) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None: tokenizer.save_pretrained(folder)
