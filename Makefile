@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo real test test-faults mutants export outputs docs site-preview clean
+.PHONY: demo real test test-matrix test-faults mutants export outputs docs site-preview clean
 
 demo: $(READY)  ## the whole pipeline on the embedded world, ending in a report
 	@$(BIN)/vcb run demo
@@ -16,6 +16,9 @@ real: $(READY)  ## a pretrained model (SmolLM2-135M), a few prompts and a reward
 
 test: $(READY)  ## every test and every notebook, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
+
+test-matrix: $(READY)  ## every architecture of nbs/models.qmd through the stages (two minutes)
+	VCB_MATRIX=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_matrix.py
 
 test-faults: $(READY)  ## kill every stage twenty times and compare with an undisturbed run
 	$(BIN)/python tests/faults.py 20

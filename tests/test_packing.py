@@ -346,7 +346,7 @@ def test_adapters_that_are_refused(tiny_tokenizer):
 
 def test_a_refused_model_takes_rows_and_says_so_once(tiny_tokenizer, caplog):
     model = fresh(tiny_tokenizer, "stablelm").double()
-    logprobs._say_once.cache_clear()
+    logprobs.say_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="vcb_nb.logprobs"):
         ours = [candidate_logps(model, PROMPTS, COMPLETIONS) for _ in range(2)]
     expected = sequence_logps(model, collate_candidates(PROMPTS, COMPLETIONS))
@@ -519,7 +519,7 @@ def test_tokens_and_entropies_of_both_ways(tiny_tokenizer, lora, head_bytes):
 
 def test_the_choice_is_said_once(tiny_tokenizer, caplog):
     model = fresh(tiny_tokenizer)
-    logprobs._say_once.cache_clear()
+    logprobs.say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="vcb_nb.logprobs"):
         assert [logprobs.choose_way(model) for _ in range(3)] == ["shared"] * 3
     assert [r.message for r in caplog.records] == [

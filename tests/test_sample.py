@@ -15,10 +15,10 @@ from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError
 from vcb_nb.data import load_candidates
 from vcb_nb.loading import load_policy
-from vcb_nb.logprobs import collate_candidates, sequence_logps
+from vcb_nb.logprobs import collate_candidates, say_once, sequence_logps
 from vcb_nb.models import new_policy
-from vcb_nb.sample import (SampleConfig, decode, draw_tokens, sample, sample_candidates,
-                           sample_seed, sampling_probs, uniform_draws)
+from vcb_nb.sample import (SampleConfig, decode, draw_tokens, folder_ends, sample,
+                           sample_candidates, sample_seed, sampling_probs, uniform_draws)
 from vcb_nb.saving import save_model
 from vcb_nb.shards import list_parts
 
@@ -274,6 +274,102 @@ def test_an_immediate_eos_is_a_legal_answer(tiny_tokenizer):
     model.register_forward_hook(lambda m, args, out: (out.logits[..., eos].add_(1e4), out)[1])
     ids, reasons, _ = sample_candidates(model, tiny_tokenizer, [[5, 6], [7]], 3)
     assert ids == [[[eos]] * 3] * 2 and reasons == [["stop"] * 3] * 2
+
+
+def with_ends(model, tokenizer, prompts, at=3):
+    "The model, ending where the first greedy sample is at step `at` too; and its ends."
+    free, *_ = sample_candidates(model, tokenizer, prompts, 1, temperature=0, max_new_tokens=12)
+    ends = [tokenizer.eos_token_id, free[0][0][at], free[1][0][at]]
+    model.generation_config.eos_token_id = ends
+    return ends
+
+
+def generate_to_an_end(model, tokenizer, ids, length):
+    "The oracle: `generate`, which takes the ends from the model's own generation config."
+    ids = torch.tensor([ids])
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                         max_new_tokens=length, suppress_tokens=[tokenizer.pad_token_id])
+    return out[0, ids.shape[1]:].tolist()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "lfm2"])
+def test_any_of_the_models_ends_ends_a_sample(tiny_tokenizer, architecture):
+    "Chat models list several: the one drawn is kept, it counts as 'stop', and no token follows."
+    extra = dict(full_attn_idxs=[1]) if architecture == "lfm2" else {}
+    model = tiny(tiny_tokenizer, architecture, **extra)
+    prompts = [tiny_tokenizer.encode(p) for p in PROMPTS]
+    ends = with_ends(model, tiny_tokenizer, prompts)
+    draw = partial(sample_candidates, model, tiny_tokenizer, prompts, max_new_tokens=12)
+    greedy, reasons, _ = draw(1, temperature=0)
+    assert greedy == [[generate_to_an_end(model, tiny_tokenizer, p, 12)] for p in prompts]
+    assert reasons[0] == reasons[1] == ["stop"] and len(greedy[0][0]) <= 4
+    ids, reasons, _ = draw(20, temperature=2.)
+    flat = [(c, r) for cs, rs in zip(ids, reasons) for c, r in zip(cs, rs)]
+    assert {c[-1] for c, r in flat if r == "stop"} > {ends[1]} and {r for _, r in flat} > {"length"}
+    assert all((c[-1] in ends) == (r == "stop") and not {*c[:-1]} & {*ends} for c, r in flat)
+
+
+def test_the_ends_of_a_folder(tiny_tokenizer, config, tmp_path):
+    "The stage reads them from `generation_config.json`, and vLLM is told of them."
+    model = tiny(tiny_tokenizer)
+    model.generation_config.eos_token_id = [0, 5, 7]
+    folder = save_model(model, tiny_tokenizer, tmp_path/"several")
+    assert folder_ends(folder, tiny_tokenizer) == {0, 5, 7}
+    sample(replace(config, policy=str(folder), temperature=3., n=20))
+    rows = list(load_candidates(config.output_dir))
+    ends = {c[-1] for row in rows for c, r in zip(row["completion_ids"], row["finish_reasons"])
+            if r == "stop"}
+    assert ends == {0, 5, 7}
+    (folder/"generation_config.json").unlink()
+    assert folder_ends(folder, tiny_tokenizer) == {0}
+
+
+def test_padding_that_is_an_end_may_be_drawn(tiny_tokenizer):
+    model = tiny(tiny_tokenizer)
+    model.generation_config.eos_token_id = [0, tiny_tokenizer.pad_token_id]
+    ids, reasons, _ = sample_candidates(model, tiny_tokenizer, [[5, 6]], 200, max_new_tokens=8,
+                                        temperature=3.)
+    assert any(c[-1] == 1 and r == "stop" for c, r in zip(ids[0], reasons[0]))
+
+
+# ---- caches that cannot be repeated
+
+STATES = {"lfm2": dict(full_attn_idxs=[1]),
+          "jamba": dict(num_experts=2, attn_layer_period=2, attn_layer_offset=1,
+                        expert_layer_period=2),
+          "falcon_h1": dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8),
+          "minimax": {}}
+
+
+@pytest.mark.parametrize("architecture", STATES)
+def test_a_cache_that_cannot_be_repeated(tiny_tokenizer, architecture, caplog):
+    "`generate` runs the loop with our numbers: prompts of any length, each row its own draws."
+    model = ending(tiny(tiny_tokenizer, architecture, **STATES[architecture]))
+    prompts = [tiny_tokenizer.encode(p) for p in PROMPTS[:4]]
+    say_once.cache_clear()
+    ids, reasons, logps = sample_candidates(model, tiny_tokenizer, prompts, 2, max_new_tokens=10,
+                                            seed=3)
+    assert caplog.text.count("reads its prompt again") == 1
+    for i, prompt in enumerate(prompts):
+        want = [replay(model, tiny_tokenizer, prompt, u) for u in uniform_draws(3, i, 2, 10)]
+        assert ids[i] == want
+    torch.testing.assert_close(torch.tensor(logps), whole_pass(model, prompts, ids), atol=1e-4,
+                               rtol=0)
+
+
+@pytest.mark.parametrize("sampling", [dict(), dict(temperature=.7, top_p=.9), dict(temperature=0)])
+def test_both_ways_draw_the_same(tiny_tokenizer, monkeypatch, sampling):
+    "Whatever the model's own generation config adds, such as a penalty, is left out."
+    model, prompts = ending(tiny(tiny_tokenizer)), [tiny_tokenizer.encode(p) for p in PROMPTS]
+    # In float32, rounding decides whether a token is the nucleus' last.
+    draw = partial(sample_candidates, model.double(), tiny_tokenizer, prompts, 4,
+                   max_new_tokens=12, **sampling)
+    want = draw()
+    model.generation_config.repetition_penalty = 1.8
+    monkeypatch.setattr("vcb_nb.sample._refuse_sharing", lambda model: "it is a test")
+    ids, reasons, logps = draw()
+    assert (ids, reasons) == want[:2] and model.generation_config.repetition_penalty == 1.8
+    torch.testing.assert_close(torch.tensor(logps), torch.tensor(want[2]), atol=1e-5, rtol=0)
 
 
 def test_cache_switched_off_in_the_config_changes_nothing(tiny_tokenizer):

@@ -9,7 +9,8 @@ from datasets import load_dataset
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.data import candidates_to_pairs, load_candidates, train_tokenizer
-from vcb_nb.judges import FunctionJudge, PolicyJudge, load_judge, reward_scores
+from vcb_nb.judges import (FunctionJudge, PolicyJudge, load_judge, reward_scores,
+                           wrote_ids)
 from vcb_nb.loading import load_reward_model, new_reward_model
 from vcb_nb.losses import reward_sigma
 from vcb_nb.models import new_policy
@@ -179,6 +180,20 @@ def test_reward_model_with_the_policys_tokenizer_reads_the_sampled_ids(config, f
     torch.testing.assert_close(stored, want, atol=1e-5, rtol=1e-5)
     read = load_judge(str(folder/"reward"), device="cpu")(rows)
     assert (stored - torch.tensor(read)).abs().max() > 1e-3
+
+
+def test_without_a_reference_the_sampled_ids_are_read_too(config, folders):
+    "The ids are the reward model's own where its tokenizer reads the stored texts from them."
+    folder, other = folders
+    config = replace(config, reward=str(folder/"reward"))
+    score(config)
+    alone = replace(config, reference=None, output_dir=config.output_dir + "-alone")
+    score(alone)
+    want, rows = (list(load_candidates(c.output_dir)) for c in (config, alone))
+    assert [row["rewards"] for row in rows] == [
+        pytest.approx(row["rewards"], abs=1e-6) for row in want]
+    assert wrote_ids(load_tokenizer(folder/"reward"), rows) and not wrote_ids(other, rows)
+    assert not wrote_ids(other, [{k: row[k] for k in ("prompt", "completions")} for row in rows])
 
 
 def test_reward_model_with_another_tokenizer_reads_the_text(config, folders):

@@ -1,23 +1,55 @@
 "Tokenizers: the end is not the padding, every token has its row, and mistakes are named."
+from itertools import product
+from types import SimpleNamespace
+
 import pytest, torch
 from tiny_models import base, logits, make_tokenizer, sft_adapter, tiny, tokenizer
 from transformers import GPT2Tokenizer
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.loading import load_tokenizer
-from vcb_nb.tokenizers import match_tokenizer, separate_padding
+from vcb_nb.tokenizers import end_ids, match_tokenizer, same_tokenizer, separate_padding
 
 
-def test_padding_is_never_the_end(tokenizer, tmp_path):
+def test_a_reward_models_padding_is_never_the_end(tokenizer):
     assert separate_padding(make_tokenizer(pad_token="<|endoftext|>")).pad_token == "<|padding|>"
     assert separate_padding(make_tokenizer("<|pad|>")).pad_token == "<|pad|>"
     assert separate_padding(tokenizer).pad_token_id == 1
-    make_tokenizer(pad_token="<|endoftext|>").save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("roles", [{}, {"pad_token": "<|endoftext|>"}])
+def test_loading_adds_no_token(tmp_path, roles):
+    "A stock tokenizer stays as it was published: its model has no row for a padding token."
+    stock = make_tokenizer(**roles)
+    stock.save_pretrained(tmp_path)
     loaded = load_tokenizer(tmp_path)
-    assert loaded.pad_token_id == len(loaded) - 1 != loaded.eos_token_id
+    assert len(loaded) == len(stock) and loaded.pad_token == stock.pad_token
 
 
-@pytest.mark.parametrize("name, pad_id, eos_id", [("gpt2", 50257, 50256), ("pythia_neox20b", 1, 0)])
+def test_padding_does_not_make_another_tokenizer():
+    "Whether a tokenizer has padding, and which token it is, changes no text's ids."
+    kinds = [make_tokenizer(), make_tokenizer(pad_token="<|endoftext|>"),
+             separate_padding(make_tokenizer()), make_tokenizer()]
+    kinds[-1].add_special_tokens({"pad_token": "[PAD]"})
+    assert all(same_tokenizer(a, b) for a, b in product(kinds, kinds))
+    others = [make_tokenizer("<|user|>"), make_tokenizer("<|user|>", "<pad>", pad_token="<pad>")]
+    assert not any(same_tokenizer(a, b) for a, b in product(kinds, others))
+
+
+def named(eos, *more):
+    "A model whose config, and generation config where there is one, name these ends."
+    configs = [SimpleNamespace(eos_token_id=ids) for ids in (eos, *more)]
+    return SimpleNamespace(**dict(zip(("config", "generation_config"), configs)))
+
+
+def test_end_ids_are_those_of_generate_and_the_tokenizers():
+    ends = SimpleNamespace(eos_token_id=3)
+    assert end_ids(named(2, [1, 107]), ends) == {1, 3, 107}
+    assert end_ids(named(2, None), ends) == end_ids(named(2), ends) == {2, 3}
+    assert end_ids(named([7, 8]), None) == {7, 8} and end_ids(named(None), None) == set()
+
+
+@pytest.mark.parametrize("name, pad_id, eos_id", [("gpt2", None, 50256), ("pythia_neox20b", 1, 0)])
 def test_real_tokenizers(shared_data, tmp_path, name, pad_id, eos_id):
     files = shared_data/"tokenizers"/name
     if name == "gpt2":
@@ -32,8 +64,8 @@ def test_a_policy_gets_a_row_for_every_token(tokenizer):
     model = tiny(bare)
     before = logits(model)
     match_tokenizer(model, separate_padding(bare))
-    assert model.get_input_embeddings().num_embeddings == len(bare) == model.config.vocab_size
-    assert torch.equal(logits(model)[..., :-1], before)
+    assert model.get_input_embeddings().num_embeddings == model.config.vocab_size == 320
+    assert torch.equal(logits(model)[..., :before.shape[-1]], before)
     assert model.generation_config.pad_token_id == bare.pad_token_id
 
 

@@ -140,9 +140,9 @@ MUTANTS = [Mutant(*row) for row in [
     ("a token of probability 0", "sample", "right=True", "right=False",
      "test_sample.py -k probability_zero", 0),
     ("padding is sampled", "sample",
-     "allowed = logits if pad_id == eos_id else _without(logits, pad_id)", "allowed = logits",
+     "allowed = _without(logits, self.banned)", "allowed = logits",
      "test_sample.py", 0),
-    ("every sample is finished", "sample", '"stop" if c[-1] == eos_id else "length"', '"stop"',
+    ("every sample is finished", "sample", '"stop" if c[-1] in ends else "length"', '"stop"',
      "test_sample.py -k ends_are_kept", 21),
     ("ids made again from the text", "sample", "**dict(zip(Samples._fields, values))}",
      "**dict(zip(Samples._fields, values)), 'completion_ids': [tokenizer.encode(t) for t "

@@ -26,6 +26,7 @@ from .losses import LOSSES, calibration_metrics, preference_loss, reward_sigma, 
 from .measures import TWO_CANDIDATES, pad_ragged, pooled_sigma
 from .models import disable_dropout
 from .settings import check_choice, check_least, option
+from .tokenizers import filler_id
 from .training import (EvenTrainer, TrainingDefaults, check_share, checkpoint_args,
                              final_evaluation, held_out_split, remove_checkpoints, run_training,
                              save_adapter)
@@ -478,7 +479,7 @@ class CalibrationTrainer(ReferenceTrainer):
         self.way = same_way(args, *filter(None, (model, live)))
         for reader in filter(None, (model, reference)):
             for rows in (train_dataset, eval_dataset): check_dataset(reader, rows)
-        super().__init__(model, args, CandidateCollator(tokenizer.pad_token_id, self.way),
+        super().__init__(model, args, CandidateCollator(filler_id(model, tokenizer), self.way),
                          train_dataset, eval_dataset, tokenizer, **kwargs)
         self.compared, self.reference = args.reference == "live", self.place_reference(live)
 

@@ -128,6 +128,20 @@ def _reasons(row)->list: return row.get("finish_reasons") or ["stop"] * len(row[
 def stored_ids(rows:list)->list: # prompt_ids, completion_ids
     return [[row[name] for row in rows] for name in ("prompt_ids", "completion_ids")]
 
+def wrote_ids(tokenizer, rows:list)->bool:
+    "Do the rows have ids, and does this tokenizer read from them the very texts that are stored?"
+    def reads(ids): return tokenizer.decode(ids, skip_special_tokens=True,
+                                            clean_up_tokenization_spaces=False)
+    def known(ids): return not ids or 0 <= min(ids) and max(ids) < len(tokenizer)
+    for row in rows:
+        if not (row.get("prompt_ids") and row.get("completion_ids")): return False
+        texts = list(zip(row["completion_ids"], row["completions"]))
+        if not all(map(known, [row["prompt_ids"], *row["completion_ids"]])): return False
+        # A long prompt may have lost its beginning.
+        if not row["prompt"].endswith(reads(row["prompt_ids"])): return False
+        if any(reads(ids) != text for ids, text in texts): return False
+    return bool(rows)
+
 # %% ../nbs/foundations/16_judges.ipynb #09284cb6
 class RewardJudge(Judge):
     "A judge made of a reward model."
@@ -138,12 +152,14 @@ class RewardJudge(Judge):
                  batch_tokens:int=16384, # most tokens in a batch
                  max_prompt_length:int=None, # tokens, where the text is read
                  max_completion_length:int=None, # likewise
+                 rows:list=None, # some candidates, which tell where no tokenizer is given
                  **loading, # further arguments of `load_reward_model`
                 ):
         self.tokenizer, self.batch_tokens = load_tokenizer(path), batch_tokens
         self.lengths = max_prompt_length, max_completion_length
         self.model = load_reward_model(path, dtype=dtype, device=device, **loading)
-        self.shared = tokenizer is not None and same_tokenizer(self.tokenizer, tokenizer)
+        if tokenizer is None: self.shared = wrote_ids(self.tokenizer, rows or [])
+        else: self.shared = same_tokenizer(self.tokenizer, tokenizer)
         if not self.shared: log.info("%s reads the text with its own tokenizer", path)
 
     def judge(self, rows):

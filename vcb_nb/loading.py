@@ -189,7 +189,7 @@ def has_tokenizer(folder:Path)->bool:
 def load_tokenizer(path, # folder or Hub name; an adapter folder may leave it to its base
                    trust_remote_code:bool=False, # run Python code that comes with the tokenizer
                   ): # PreTrainedTokenizerBase
-    "A tokenizer with an EOS, and a padding token that is not the EOS (added where there is none)."
+    "A tokenizer with an EOS. Its padding stays as it is: a policy needs none of its own."
     trust = may_run_code(trust_remote_code)
     folder = model_folder(path, weights=False, trust_remote_code=trust)
     if not has_tokenizer(folder):
@@ -206,7 +206,7 @@ def load_tokenizer(path, # folder or Hub name; an adapter folder may leave it to
     if tokenizer.eos_token is None: tokenizer.eos_token = _end_token(tokenizer)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: the tokenizer has no end-of-text token. Set its eos_token.")
-    return separate_padding(tokenizer)
+    return tokenizer
 
 def _tokenizer_fault(folder:Path, error:Exception)->str:
     "Why a tokenizer cannot be read, and what to do, by the files that are there."
@@ -499,7 +499,7 @@ def _merge_adapter(path, folder:Path, **kwargs):
 
 # %% ../nbs/foundations/10_loading.ipynb #f6aa297c
 def new_reward_model(policy_path, # SFT folder or Hub name; an adapter is merged
-                     tokenizer, # the policy's
+                     tokenizer, # the policy's; gains a padding token where it has none of its own
                      seed:int=0, # of the score head
                      **kwargs, # of `load_policy`: dtype, device, attn_implementation
                     ): # PreTrainedModel with one label
@@ -515,7 +515,7 @@ def new_reward_model(policy_path, # SFT folder or Hub name; an adapter is merged
     model = random_model(AutoModelForSequenceClassification, config, seed, attention, policy.dtype)
     model.base_model.load_state_dict(policy.base_model.state_dict())
     model = disable_dropout(_origin(model, policy_path)).to(policy.device)
-    return separate_pad_id(model, tokenizer, tokenizer.pad_token_id)
+    return separate_pad_id(model, separate_padding(tokenizer), tokenizer.pad_token_id)
 
 # %% ../nbs/foundations/10_loading.ipynb #410422ee
 def load_reward_model(path, # folder or Hub name

@@ -155,7 +155,7 @@ def _reduced(values:Tensor, batch, reduce:str)->Tensor:
 WAYS = ("auto", "shared", "rows")
 
 @lru_cache
-def _say_once(message:str, level:int)->None: log.log(level, message)
+def say_once(message:str, level:int)->None: log.log(level, message)
 
 # %% ../nbs/foundations/14_logprobs.ipynb #2f31ff34
 def choose_way(model, # causal LM or reward model
@@ -171,9 +171,9 @@ def choose_way(model, # causal LM or reward model
     supported, reason = supports_packing(model, length)
     if supported or way == "shared":
         enable_packing(model, length)
-        _say_once("Each prompt is computed once for all its candidates.", logging.INFO)
+        say_once("Each prompt is computed once for all its candidates.", logging.INFO)
         return "shared"
-    _say_once(f"Every candidate is a row that repeats its prompt: {reason}.", logging.WARNING)
+    say_once(f"Every candidate is a row that repeats its prompt: {reason}.", logging.WARNING)
     return "rows"
 
 def candidate_logps(model, # causal LM, possibly wrapped (DDP, PEFT)

@@ -9,24 +9,29 @@ __all__ = ['Samples', 'sample_candidates', 'SampleConfig', 'sample']
 
 # %% ../nbs/stages/04_sample.ipynb #63801ebc
 import logging, math, os, time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers import (DynamicCache, GenerationConfig, LogitsProcessor,
+                          LogitsProcessorList)
 
 from .artifacts import InputError, Progress
 from .batches import accepts, evaluating, pad_rows, unwrap
 from .data import encode_prompts, load_prompts
 from .loading import (QuantizedLoading, as_dtype, load_policy, load_tokenizer, pick_device,
-                            read_context, whole_folder)
+                            read_config, read_context, whole_folder)
+from .logprobs import say_once
 from .packing import logps_of_logits
 from .settings import REQUIRED, check_choice, check_least, check_required, option
 from .shards import complete_parts
+from .tokenizers import end_ids, filler_id
 
 # %% ../nbs/stages/04_sample.ipynb #6dce11f1
 log = logging.getLogger(__name__)
@@ -98,13 +103,13 @@ def _step_inputs(model, ids, mask, cache)->dict:
     return inputs
 
 # %% ../nbs/stages/04_sample.ipynb #3240531c
-def _pad_and_eos(tokenizer)->tuple:
-    "The padding id (EOS if there is none) and the EOS id."
-    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    return (eos_id if pad_id is None else pad_id), eos_id
+def _banned_id(tokenizer, ends:set)->"int | None":
+    "The id that is never drawn: that of a padding token of its own."
+    return None if tokenizer.pad_token_id in ends else tokenizer.pad_token_id
 
 def _without(logits, token_id):
-    "Logits under which one token is never drawn."
+    "Logits under which one token, if there is such a one, is never drawn."
+    if token_id is None or token_id >= logits.shape[-1]: return logits
     logits = logits.clone()
     logits[:, token_id] = -math.inf
     return logits
@@ -114,6 +119,104 @@ def _to_device(draws, device):
     return draws.float().to(device) if device.type == "mps" else draws.to(device)
 
 # %% ../nbs/stages/04_sample.ipynb #7e2a63e9
+class _Drawing:
+    "Samples that grow by a token per step: their ids, and log π(y|x) in nats."
+    def __init__(self, draws, # [rows, most tokens of a sample] in [0, 1)
+                 banned:"int | None", # id that is never drawn
+                 sampling:dict, # temperature, top_p, top_k
+                ):
+        self.draws, self.banned, self.sampling = draws, banned, sampling
+        self.ids = torch.zeros(draws.shape, dtype=torch.long, device=draws.device)
+        self.lengths, self.logps = self.ids.new_zeros(len(draws)), draws.new_zeros(len(draws))
+
+    def draw(self, logits, rows, step:int)->torch.Tensor: # [rows] token ids
+        "The next token of some rows, from the model's logits."
+        allowed = _without(logits, self.banned)
+        token = draw_tokens(allowed, self.draws[rows, step], **self.sampling)
+        self.ids[rows, step], self.lengths[rows] = token, step + 1
+        self.logps[rows] += logps_of_logits(logits, token)[:, 0].to(self.logps.dtype)
+        return token
+
+    def pairs(self)->list: # token ids, log π(y|x)
+        "The samples as they are."
+        ids = [row[:length] for row, length in zip(self.ids.tolist(), self.lengths.tolist())]
+        return list(zip(ids, self.logps.tolist()))
+
+# %% ../nbs/stages/04_sample.ipynb #5b1e7b03
+def _going(token, ends)->torch.Tensor: # numbers of the rows that go on
+    return (token[:, None] != ends).all(1).nonzero().squeeze(-1)
+
+def _decode_shared(model, prompts, n, drawing, ends, pad_id)->None:
+    "Decode from one cache that holds each prompt n times; a row leaves it when it ends."
+    cache, mask, logits = prefill(model, prompts, n, pad_id)
+    alive, last = torch.arange(len(mask), device=mask.device), drawing.draws.shape[1] - 1
+    for step in range(last + 1):
+        token = drawing.draw(logits, alive, step)
+        going = _going(token, ends)
+        if step == last or not len(going): break
+        if len(going) < len(alive):
+            cache.batch_select_indices(going)
+            alive, token, mask = alive[going], token[going], mask[going]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
+        logits = model(**_step_inputs(model, token[:, None], mask, cache)).logits[:, -1]
+
+# %% ../nbs/stages/04_sample.ipynb #5b1e7b05
+def _refuse_sharing(model)->str:
+    "A reason why a prompt's cache cannot be repeated for its samples, or ''."
+    base = unwrap(model)
+    own = getattr(base, "_supports_default_dynamic_cache", lambda: True)
+    if not accepts(model, "past_key_values") or not own():
+        return "its cache is of a class of its own"
+    if getattr(base, "_is_stateful", False): return "its layers carry a state from token to token"
+    try: layers = DynamicCache(config=base.config).layers
+    except (AttributeError, KeyError, TypeError, ValueError): return "its cache is not known"
+    for layer in layers:
+        # A layer with keys, values and a state would repeat the first two only.
+        state = hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states")
+        if state or not hasattr(layer, "batch_repeat_interleave"):
+            return f"a {type(layer).__name__} of its cache cannot be repeated"
+    return ""
+
+# %% ../nbs/stages/04_sample.ipynb #5b1e7b06
+class _OurDraws(LogitsProcessor):
+    "Makes the token that our number draws the only one that `generate` can take."
+    def __init__(self, drawing, rows, ends): # rows: numbers of generate's rows among all
+        self.drawing, self.rows, self.ends, self.step = drawing, rows, ends, 0
+        self.alive = torch.arange(len(rows), device=rows.device)
+
+    def __call__(self, input_ids, scores):
+        only = torch.full_like(scores, -math.inf)
+        only[:, 0] = 0. # of rows that have ended; `generate` fills them up
+        if len(self.alive):
+            token = self.drawing.draw(scores[self.alive], self.rows[self.alive], self.step)
+            only[self.alive, 0] = -math.inf
+            only[self.alive, token] = 0.
+            self.alive, self.step = self.alive[_going(token, self.ends)], self.step + 1
+        return only
+
+# %% ../nbs/stages/04_sample.ipynb #5b1e7b07
+@contextmanager
+def _plain_generation(base):
+    "What the model's own generation config adds (a penalty, a forced token) is left out inside."
+    kept, base.generation_config = base.generation_config, GenerationConfig()
+    try: yield
+    finally: base.generation_config = kept
+
+def _decode_by_generate(model, prompts, n, drawing, ends, pad_id)->None:
+    "Decode by transformers' own loop: every sample reads its prompt, and no row is padded."
+    base, device = unwrap(model), drawing.draws.device
+    settings = GenerationConfig(do_sample=False, max_new_tokens=drawing.draws.shape[1],
+                                eos_token_id=ends.tolist(), pad_token_id=pad_id)
+    groups = defaultdict(list)
+    for i, ids in enumerate(prompts): groups[len(ids)] += range(i*n, (i + 1)*n)
+    with _plain_generation(base):
+        for rows in groups.values():
+            ids = torch.tensor([prompts[row // n] for row in rows], device=device)
+            ours = _OurDraws(drawing, torch.tensor(rows, device=device), ends)
+            base.generate(ids, generation_config=settings, attention_mask=torch.ones_like(ids),
+                          logits_processor=LogitsProcessorList([ours]))
+
+# %% ../nbs/stages/04_sample.ipynb #5b1e7b08
 @torch.no_grad()
 def decode(model, # causal LM in eval mode
            tokenizer, # gives the EOS and padding ids
@@ -122,39 +225,29 @@ def decode(model, # causal LM in eval mode
            draws:torch.Tensor, # [prompts * n, most tokens of a sample] in [0, 1)
            **sampling, # temperature, top_p, top_k
           )->list: # [prompts * n] pairs: token ids, log π(y|x) in nats
-    "Decode n samples of every prompt; a row leaves the batch when it ends."
-    pad_id, eos_id = _pad_and_eos(tokenizer)
-    cache, mask, logits = prefill(model, prompts, n, pad_id)
-    draws, alive = _to_device(draws, mask.device), torch.arange(len(mask), device=mask.device)
-    out, lengths = mask.new_full(draws.shape, pad_id), torch.zeros_like(alive)
-    logps = draws.new_zeros(len(mask))
-    for step in range(draws.shape[1]):
-        allowed = logits if pad_id == eos_id else _without(logits, pad_id)
-        token = draw_tokens(allowed, draws[alive, step], **sampling)
-        out[alive, step], lengths[alive] = token, step + 1
-        logps[alive] += logps_of_logits(logits, token)[:, 0].to(logps.dtype)
-        going = (token != eos_id).nonzero().squeeze(-1)
-        if step + 1 == draws.shape[1] or not len(going): break
-        if len(going) < len(alive):
-            cache.batch_select_indices(going)
-            alive, token, mask = alive[going], token[going], mask[going]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-        logits = model(**_step_inputs(model, token[:, None], mask, cache)).logits[:, -1]
-    ids = [row[:length] for row, length in zip(out.tolist(), lengths.tolist())]
-    return list(zip(ids, logps.tolist()))
+    "Decode n samples of every prompt, each up to one of the model's ends."
+    base, device = unwrap(model), next(model.parameters()).device
+    ends = end_ids(base, tokenizer)
+    drawing = _Drawing(_to_device(draws, device), _banned_id(tokenizer, ends), sampling)
+    reason = _refuse_sharing(model)
+    if reason: say_once(f"Every sample reads its prompt again: {reason}.", logging.WARNING)
+    way = _decode_by_generate if reason else _decode_shared
+    way(model, prompts, n, drawing, torch.tensor(sorted(ends), device=device, dtype=torch.long),
+        filler_id(base, tokenizer))
+    return drawing.pairs()
 
 # %% ../nbs/stages/04_sample.ipynb #a933c7c7
 class Samples(NamedTuple):
     "What a sampler returns; the fields are the columns of a candidate row."
     completion_ids:list # [prompts][n] lists of token ids, as drawn
-    finish_reasons:list # [prompts][n] 'stop' (the last id is EOS) or 'length'
+    finish_reasons:list # [prompts][n] 'stop' (the last id is an end) or 'length'
     sample_logps:list # [prompts][n] log π(y|x) in nats
 
 def _as_samples(drawn:list, # [prompts][n] pairs: token ids, log π(y|x)
-                eos_id:int)->Samples:
+                ends:set)->Samples: # ids that end a sample
     "Samples by field; the last id of each tells how it ended."
     ids = [[c for c, _ in pairs] for pairs in drawn]
-    return Samples(ids, [["stop" if c[-1] == eos_id else "length" for c in cs] for cs in ids],
+    return Samples(ids, [["stop" if c[-1] in ends else "length" for c in cs] for cs in ids],
                    [[logp for _, logp in pairs] for pairs in drawn])
 
 # %% ../nbs/stages/04_sample.ipynb #9b0646f1
@@ -175,13 +268,14 @@ def sample_candidates(model, # causal LM
     rows, found = range(len(prompt_ids)) if rows is None else rows, {}
     sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k)
     order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), i))
+    ends = end_ids(unwrap(model), tokenizer)
     with evaluating(model):
         for batch in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
             draws = torch.cat([uniform_draws(seed, rows[i], n, max_new_tokens) for i in batch])
             drawn = decode(model, tokenizer, [prompt_ids[i] for i in batch], n, draws, **sampling)
             found.update((i, drawn[k*n:(k + 1)*n]) for k, i in enumerate(batch))
             if on_batch: on_batch(len(drawn), sum(len(ids) for ids, _ in drawn))
-    return _as_samples([found[i] for i in range(len(prompt_ids))], tokenizer.eos_token_id)
+    return _as_samples([found[i] for i in range(len(prompt_ids))], ends)
 
 # %% ../nbs/stages/04_sample.ipynb #9661c299
 def sample_seed(seed:int, # of the run, >= 0
@@ -212,16 +306,23 @@ def _import_vllm():
     return vllm
 
 # %% ../nbs/stages/04_sample.ipynb #1d1e54cc
-def _vllm_ends(tokenizer)->dict:
-    "Settings of every request: what ends it, what is never drawn, what is returned."
-    pad_id, eos_id = _pad_and_eos(tokenizer)
-    return dict(ignore_eos=True, stop_token_ids=[eos_id], logprobs=0, detokenize=False,
-                logit_bias=None if pad_id == eos_id else {pad_id: -100.})
+def folder_ends(folder, tokenizer)->set:
+    "`end_ids` of a model that another program loads."
+    named = SimpleNamespace(config=read_config(folder, folder), generation_config=None)
+    if (Path(folder)/"generation_config.json").is_file():
+        named.generation_config = GenerationConfig.from_pretrained(folder)
+    return end_ids(named, tokenizer)
 
-def _vllm_sample(out, eos_id, max_new_tokens)->tuple: # token ids, log π(y|x)
+def _vllm_ends(tokenizer, ends:set)->dict:
+    "Settings of every request: what ends it, what is never drawn, what is returned."
+    banned = _banned_id(tokenizer, ends)
+    return dict(ignore_eos=True, stop_token_ids=sorted(ends), logprobs=0, detokenize=False,
+                logit_bias=None if banned is None else {banned: -100.})
+
+def _vllm_sample(out, ends, max_new_tokens)->tuple: # token ids, log π(y|x)
     "One sample; `InputError` if it neither ended nor reached its full length."
     ids = list(out.token_ids)
-    if ids[-1:] == [eos_id] or len(ids) == max_new_tokens: return ids, out.cumulative_logprob
+    if ids and (ids[-1] in ends or len(ids) == max_new_tokens): return ids, out.cumulative_logprob
     raise InputError(f"vLLM stopped a sample after {len(ids)} tokens, before its end "
                      f"(finish_reason {out.finish_reason!r}). Run again: finished parts are kept.")
 
@@ -234,19 +335,20 @@ def vllm_candidates(engine, # vllm.LLM
                     seed:int=0, # of the run
                     rows:list=None, # index of each prompt in the whole run; None: its index here
                     on_batch=None, # called with (samples, tokens) at the end
+                    ends:set=None, # ids that end a sample; None: the tokenizer's EOS
                     **sampling, # temperature, top_p, top_k
                    )->Samples:
     "`sample_candidates` through vLLM 0.11's documented interface; we have not run it yet."
     rows = range(len(prompt_ids)) if rows is None else rows
-    vllm, eos_id = _import_vllm(), tokenizer.eos_token_id
-    options = {**_vllm_ends(tokenizer), **sampling, "max_tokens": max_new_tokens}
+    vllm, ends = _import_vllm(), {tokenizer.eos_token_id} if ends is None else ends
+    options = {**_vllm_ends(tokenizer, ends), **sampling, "max_tokens": max_new_tokens}
     settings = [vllm.SamplingParams(seed=sample_seed(seed, row, j), **options)
                 for row in rows for j in range(n)]
     requests = [{"prompt_token_ids": list(ids)} for ids in prompt_ids for _ in range(n)]
     answers = engine.generate(requests, settings, use_tqdm=False)
-    drawn = [_vllm_sample(answer.outputs[0], eos_id, max_new_tokens) for answer in answers]
+    drawn = [_vllm_sample(answer.outputs[0], ends, max_new_tokens) for answer in answers]
     if on_batch: on_batch(len(drawn), sum(len(ids) for ids, _ in drawn))
-    return _as_samples([drawn[i:i + n] for i in range(0, len(drawn), n)], eos_id)
+    return _as_samples([drawn[i:i + n] for i in range(0, len(drawn), n)], ends)
 
 # %% ../nbs/stages/04_sample.ipynb #ac5aa6ee
 BACKENDS = ("transformers", "vllm")
@@ -318,8 +420,9 @@ def decode_texts(tokenizer, completion_ids:list)->list:
 def load_sampler(config:SampleConfig, tokenizer, length:int):
     "A function (prompt_ids, n, **sampling) → `Samples` on either backend, its model loaded."
     if config.backend == "vllm":
-        engine = load_vllm(whole_folder(config.policy), length, config.dtype)
-        return partial(vllm_candidates, engine, tokenizer)
+        folder = whole_folder(config.policy)
+        engine = load_vllm(folder, length, config.dtype)
+        return partial(vllm_candidates, engine, tokenizer, ends=folder_ends(folder, tokenizer))
     model = load_policy(config.policy, device=config.device, **config.loading)
     return partial(sample_candidates, model, tokenizer, batch_size=config.batch_size)
 

@@ -17,6 +17,7 @@ from peft import PeftModel
 from .adapters import merge_adapter
 from .artifacts import InputError, atomic_dir, reason
 from .loading import LOAD_ERRORS, mend_generation
+from .tokenizers import forget_unknown_padding
 
 # %% ../nbs/foundations/11_saving.ipynb #24bc142a
 def save_model(model, # PreTrainedModel or PeftModel; left as it is
@@ -34,6 +35,7 @@ def save_model(model, # PreTrainedModel or PeftModel; left as it is
         if getattr(config, "use_cache", None) is False: config.use_cache = True
     if not isinstance(model, PeftModel): mend_generation(model)
     else: _settle_base(model)
+    forget_unknown_padding(model) # the tokenizer may have a token that the model never needed
     with atomic_dir(path) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None: tokenizer.save_pretrained(folder)

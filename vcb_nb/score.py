@@ -89,7 +89,7 @@ def score(config:ScoreConfig)->dict: # summary: counts, mean reward, mean σ(x),
     @contextmanager
     def scorer(parts):
         "The models are loaded; a bar shows candidates per second."
-        judges, start, done = load_judges(config, tokenizer), time.perf_counter(), 0
+        judges, start, done = load_judges(config, tokenizer, load(0)), time.perf_counter(), 0
         with Progress(len(parts), "score", unit="part") as bar:
             def make(part):
                 nonlocal done
@@ -106,11 +106,11 @@ def score(config:ScoreConfig)->dict: # summary: counts, mean reward, mean σ(x),
     return {**summarise_scores(rows), "dropped": dropped}
 
 # %% ../nbs/stages/05_score.ipynb #7dffe111
-def load_judges(config, tokenizer)->tuple: # what gives the rewards, what the log-probabilities
+def load_judges(config, tokenizer, rows)->tuple: # what gives the rewards, what the log-probs
     "The reward and the reference of a config, each None where there is none."
     place = dict(device=config.device, batch_tokens=config.batch_tokens, **config.loading)
     lengths = dict(max_prompt_length=config.max_prompt_length,
-                   max_completion_length=config.max_completion_length)
+                   max_completion_length=config.max_completion_length, rows=rows)
     judge = load_judge(config.reward, tokenizer, **place, **lengths) if config.reward else None
     return judge, PolicyJudge(config.reference, **place) if config.reference else None
 

@@ -24,7 +24,7 @@ from .data import encode_completion, encode_prompt, load_demonstrations, load_ro
 from .loading import QuantizedLoading, load_policy, load_tokenizer
 from .models import check_architecture, new_policy
 from .settings import REQUIRED, check_choice, check_least, check_required, option
-from .tokenizers import match_tokenizer
+from .tokenizers import filler_id, match_tokenizer
 from .training import (EvenTrainer, TrainingDefaults, check_share, checkpoint_args,
                              final_evaluation, final_loss, held_out_split, remove_checkpoints,
                              run_training, save_adapter)
@@ -176,7 +176,7 @@ def token_loss(prediction)->dict: # {'loss': nats per token}
 # %% ../nbs/stages/02_sft.ipynb #9d11f28a
 def sft_trainer(config:SFTConfig, model, tokenizer, train, held_out=None, **kwargs)->EvenTrainer:
     "An `EvenTrainer`: the data and the evaluation are ours, the loss is the model's own."
-    collate = partial(collate_rows, pad_id=tokenizer.pad_token_id)
+    collate = partial(collate_rows, pad_id=filler_id(model, tokenizer))
     return EvenTrainer(model, checkpoint_args(config), collate, train, held_out, tokenizer,
                        compute_metrics=token_loss, preprocess_logits_for_metrics=row_losses,
                        **kwargs)

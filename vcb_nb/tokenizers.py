@@ -1,4 +1,4 @@
-"""A tokenizer whose end is not its padding, that fits its model, and that is the one behind the stored ids.
+"""Which ids end a text, when padding needs an id of its own, and whether two tokenizers give the same ids.
 
 Docs: https://vcb-nb.github.io/vcb_nb/foundations/tokenizers.html.md"""
 
@@ -6,6 +6,31 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/tokenizers.html.md"""
 
 # %% auto #0
 __all__ = ['same_tokenizer']
+
+# %% ../nbs/foundations/07_tokenizers.ipynb #5b1e7a90
+def end_ids(model, # causal LM or reward model
+            tokenizer=None, # its EOS counts too
+           )->set:
+    "Every id that ends a text: the model's, perhaps several, and the tokenizer's EOS."
+    named = (getattr(config, "eos_token_id", None) for config in
+             (getattr(model, "generation_config", None), model.config))
+    # As in `generate`, the config counts only where the generation config names no end.
+    found = next((ids for ids in named if ids is not None), [])
+    ends = {*found} if isinstance(found, (list, tuple, set)) else {found}
+    return (ends | {getattr(tokenizer, "eos_token_id", None)}) - {None}
+
+def filler_id(model, # causal LM
+              tokenizer, # need not have a padding token
+             )->int:
+    "An id to fill rows with: the padding token's where the model has a row for it, else 0."
+    rows, pad_id = model.get_input_embeddings().num_embeddings, tokenizer.pad_token_id
+    return pad_id if pad_id is not None and 0 <= pad_id < rows else 0
+
+def forget_unknown_padding(model)->None:
+    "Leave no padding id in the configs that the embedding has no row for: no model loads with one."
+    rows, more = model.get_input_embeddings().num_embeddings, getattr(model, "generation_config", 0)
+    for config in filter(None, (model.config, model.config.get_text_config(), more)):
+        if (getattr(config, "pad_token_id", None) or 0) >= rows: config.pad_token_id = None
 
 # %% ../nbs/foundations/07_tokenizers.ipynb #eff85eb4
 def spare_token(tokenizer): # id or None
@@ -16,7 +41,7 @@ def spare_token(tokenizer): # id or None
                 None)
 
 def separate_padding(tokenizer): # the same tokenizer
-    "Give a tokenizer a padding token that is not its EOS, in place, and return it."
+    "Give a reward model's tokenizer a padding token that is not its EOS, in place; it is returned."
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         spare = spare_token(tokenizer)
         known = tokenizer.added_tokens_decoder
@@ -26,18 +51,25 @@ def separate_padding(tokenizer): # the same tokenizer
 
 # %% ../nbs/foundations/07_tokenizers.ipynb #8a8b6ed5
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+ROWS = 64 # an embedding grows to a multiple of this: odd widths slow every product with it
+
+def grow_embedding(model, size:int)->None:
+    "Give a model a row for every id below `size`, where it has none: up to a multiple of 64."
+    if size > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(size, pad_to_multiple_of=ROWS)
 
 def match_tokenizer(model, # causal LM, changed in place
                     tokenizer, # of `load_tokenizer`
                    ): # the same model
     "Give a causal LM a row for every token and the tokenizer's special ids; it is returned."
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
+    grow_embedding(model, len(tokenizer))
     for config in filter(None, (model.config, getattr(model, "generation_config", None))):
         for name in SPECIAL_IDS:
             mine, theirs = getattr(config, name, None), getattr(tokenizer, name)
-            # A chat model's list of end tokens stays, as long as ours is one of them.
-            if not (isinstance(mine, list) and theirs in mine): setattr(config, name, theirs)
+            # A chat model's list of end tokens stays, and gains ours if it lacks it.
+            if isinstance(mine, list): theirs = mine if theirs in mine else [theirs, *mine]
+            # A tokenizer without padding says nothing about the model's.
+            if theirs is not None or name != "pad_token_id": setattr(config, name, theirs)
     return model
 
 # %% ../nbs/foundations/07_tokenizers.ipynb #7a50087d
@@ -48,26 +80,20 @@ def separate_pad_id(model, tokenizer, preferred):
     return model
 
 def _distinct_pad_id(model, tokenizer, preferred)->int:
-    "An id for padding that no text contains; the embedding grows by a row where there is none."
-    rows, ends = model.get_input_embeddings().num_embeddings, _end_ids(model.config, tokenizer)
-    candidates = [preferred]
+    "An id for padding that no text contains; the embedding grows where there is none."
+    rows, ends = model.get_input_embeddings().num_embeddings, end_ids(model, tokenizer)
+    candidates, known = [preferred], rows
     if tokenizer is not None:
         beyond = max(tokenizer.get_vocab().values()) + 1
         special = set(tokenizer.all_special_ids) | {
             i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         candidates = [i for i in candidates if i in special or (i is not None and i >= beyond)]
         candidates += [spare_token(tokenizer), beyond]
-    found = next((i for i in candidates if i is not None and i not in ends and 0 <= i < rows), None)
-    if found is None:
-        model.resize_token_embeddings(rows + 1)
-        found = rows
+        known = max(rows, beyond)
+    free = (i for i in candidates if i is not None and i not in ends and 0 <= i < known)
+    found = next(free, rows)
+    grow_embedding(model, found + 1)
     return found
-
-def _end_ids(config, tokenizer=None)->set:
-    "Every id that may end a text, by the config or the tokenizer."
-    ends = config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    return ends | {getattr(tokenizer, "eos_token_id", None)}
 
 # %% ../nbs/foundations/07_tokenizers.ipynb #520658f4
 PROBE = "Two words,  12 spaces\n\tand naïve Δ-signs… 你好"
@@ -75,6 +101,7 @@ PROBE = "Two words,  12 spaces\n\tand naïve Δ-signs… 你好"
 # %% ../nbs/foundations/07_tokenizers.ipynb #6bd2e1e6
 def same_tokenizer(a, b)->bool:
     "Do two tokenizers give the same ids and ends? Padding may differ: no text contains it."
-    def texts(t): return {text: i for text, i in t.get_vocab().items() if text != t.pad_token}
+    padding = {t.pad_token for t in (a, b)} - {t.eos_token for t in (a, b)}
+    def texts(t): return {text: i for text, i in t.get_vocab().items() if text not in padding}
     ends = [(t.bos_token_id, t.eos_token_id) for t in (a, b)]
     return texts(a) == texts(b) and ends[0] == ends[1] and a.encode(PROBE) == b.encode(PROBE)
