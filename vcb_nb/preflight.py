@@ -42,6 +42,7 @@ def check_numbers(args:TrainingArguments)->None:
             raise InputError(f"{kind}_steps is {steps}. Set it to a number above 0, or "
                              f"{kind}_strategy to 'no'.")
 
+# %% ../nbs/foundations/16_preflight.ipynb #b8e20017
 def check_metric(args, known:tuple # of the stage, without 'eval_'
                 )->None:
     "Raise `InputError` unless the evaluations give the metric that picks the best model."
@@ -117,6 +118,7 @@ _NEEDS = {"activation_checkpointing_kwargs": "activation_checkpointing",
           "liger_kernel_config": "use_liger_kernel", "fsdp_config": "fsdp",
           "early_stopping_threshold": "early_stopping_patience"}
 
+# %% ../nbs/foundations/16_preflight.ipynb #b8e20018
 def _changed(args)->dict: # name → value
     "The settings that differ from their default."
     defaults = {f.name: f.default_factory() if f.default is dataclasses.MISSING and

@@ -201,6 +201,7 @@ def _check_evaluation(config)->None:
                {"metric_for_best_model": "Set load_best_model_at_end or early_stopping_patience "
                                          "too"})
 
+# %% ../nbs/foundations/17_training.ipynb #a7c10025
 def check_training(config)->None:
     "Raise `InputError` for all that can be known to fail before a training stage begins."
     check_acts(config)
