@@ -82,10 +82,13 @@ OTHER = {
     "lr_scheduler_kwargs": {"num_cycles": 2}, "label_names": ["x"], "warmup_steps": 3,
     "gradient_checkpointing_kwargs": {"use_reentrant": True}, "ddp_backend": "gloo",
     "accelerator_config": {"split_batches": True}, "include_for_metrics": ["inputs"],
+    "adam_beta1": .8, "adam_beta2": .9, "label_smoothing_factor": .1, "max_steps": 5,
+    "metric_for_best_model": "loss",
     "loss_type": "x", "save_steps": 7, "logging_steps": 7, "eval_steps": 7, "sigma": "dataset",
     "resume_from_checkpoint": "b.txt", "title": "A run", "max_prompts": 9, "eval_delay": 2}
 # What some need beside them.
-BESIDE = {"load_best_model_at_end": {"eval_strategy": "epoch", "save_strategy": "epoch"},
+BESIDE = {"early_stopping_patience": {"eval_strategy": "epoch"},
+          "load_best_model_at_end": {"eval_strategy": "epoch", "save_strategy": "epoch"},
           "sft.save_adapter": {"model": "a.txt"}, "pretrain.save_adapter": {"model": "a.txt"},
           "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
           "data.pairs": {"world": None}}

@@ -177,7 +177,10 @@ LOCK, OWNER = ".lock", ".lock.owner"
 def run_lock(folder):
     "Lock a folder for one run. A second run is refused with the process id of the first."
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as e: # as below /proc
+        raise InputError(f"{folder} cannot be made ({e.strerror}). Choose another output "
+                         "folder.") from None
     lock = FileLock(folder/LOCK)
     try: lock.acquire(blocking=False)
     except Timeout:

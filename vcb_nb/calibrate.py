@@ -27,15 +27,18 @@ from .measures import TWO_CANDIDATES, pad_ragged, pooled_sigma
 from .models import disable_dropout
 from .settings import check_choice, check_least, option
 from .tokenizers import filler_id
-from .training import (EvenTrainer, TrainingDefaults, check_share, checkpoint_args,
-                             final_evaluation, held_out_split, remove_checkpoints, run_training,
-                             save_adapter)
+from .training import (EvenTrainer, TrainingDefaults, check_share, check_training,
+                             checkpoint_args, final_evaluation, held_out_split,
+                             remove_checkpoints, run_training, save_adapter)
 
 # %% ../nbs/stages/06_calibrate.ipynb #f282ea76
 log = logging.getLogger(__name__)
 
 # %% ../nbs/stages/06_calibrate.ipynb #2c8ae0d6
 SIGMA, REFERENCE = ("stored", "candidates", "dataset"), ("stored", "live")
+METRICS = ("loss", "calibration/r2", "calibration/slope", "calibration/correlation",
+           "rewards/accuracies", "rewards/margins", "logratios/mean", "logratios/std", "logps/mean",
+           "scores/mean", "scores/std", "target/margins") # of `record_metrics`
 
 def check_loss_params(name:str, params:dict)->None:
     "Raise `InputError` unless `name` is a registered loss and `params` are fit for it."
@@ -56,6 +59,10 @@ class CalibrationConfig(TrainingDefaults, QuantizedLoading):
 
     `per_device_train_batch_size` counts prompts, each with all its candidates.
     """
+    metrics = METRICS
+    idle = {"label_smoothing_factor": "The losses of candidates have no labels to smooth",
+            "prediction_loss_only": "The metrics come with the loss",
+            "average_tokens_across_devices": "The mean is over the prompts of all devices"}
     model: str | None = option(None, "Folder or hub name of the SFT model: start of the policy.",
                                source=True)
     candidates: str | None = option(None, "Scored candidates: whatever `load_candidates` reads.",
@@ -103,7 +110,7 @@ class CalibrationConfig(TrainingDefaults, QuantizedLoading):
         check_lora(self.peft_config)
         if self.n_candidates is not None and self.n_candidates < 2:
             raise InputError(f"n_candidates is {self.n_candidates}. A comparison needs at least 2.")
-        self.remove_unused_columns, self.label_names = False, [] # rewards must reach the loss
+        self.label_names = self.label_names or [] # rewards must reach the loss
         super().__post_init__()
 
     @property
@@ -444,6 +451,18 @@ def source_of(model, default:str|None=None)->str: # folder or Hub name
     raise InputError("The model does not say where it was loaded from, so its tokenizer is not "
                      "known. Give processing_class.")
 
+# %% ../nbs/stages/06_calibrate.ipynb #c9d20001
+def check_kind(args, train_dataset, eval_dataset)->None:
+    "Raise `InputError` for arguments of a trainer that are of another kind."
+    if not isinstance(args, CalibrationConfig):
+        raise InputError(f"args is a {type(args).__name__}. Give a CalibrationConfig: it has all "
+                         "fields of TrainingArguments, and those of the loss.")
+    parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    for rows in filter(lambda rows: rows is not None, (train_dataset, *parts)):
+        if not hasattr(rows, "column_names"):
+            raise InputError(f"A data set is a {type(rows).__name__}. Give a datasets.Dataset, for "
+                             "example that of load_candidates, or Dataset.from_list(rows).")
+
 # %% ../nbs/stages/06_calibrate.ipynb #44cc3095
 class CalibrationTrainer(ReferenceTrainer):
     """A `transformers.Trainer` for scored candidates: VCB and every loss of `LOSSES`.
@@ -462,6 +481,7 @@ class CalibrationTrainer(ReferenceTrainer):
                  **kwargs, # further arguments of `Trainer`: callbacks, optimizers
                 ):
         args = args or CalibrationConfig(f"{Path(source_of(model, 'model')).name}-VCB")
+        check_kind(args, train_dataset, eval_dataset)
         if reference is not None and args.reference == "stored":
             raise InputError("A reference model was given, but reference='stored' reads the column "
                              "ref_logps. Set reference='live', or give none.")
@@ -526,6 +546,7 @@ def calibrate(config:CalibrationConfig)->dict: # JSON-able summary
     Writes `output_dir/model` (LoRA merged), `output_dir/adapter` where it is asked for, and
     `output_dir/training_log.jsonl`.
     """
+    check_training(config)
     start, (train, held_out) = time.time(), load_split(config)
     reference = config.reference_model if config.reference == "live" else None
     trainer = CalibrationTrainer(config.model, checkpoint_args(config), train, held_out,

@@ -24,9 +24,9 @@ from .data import encode_completion, encode_prompt, load_pairs, load_rows
 from .loading import LoadingSettings, load_tokenizer, new_reward_model
 from .measures import reward_metrics
 from .settings import REQUIRED, check_least, check_required, option
-from .training import (EvenTrainer, TrainingDefaults, check_share, checkpoint_args,
-                             final_loss, held_out_split, remove_checkpoints, run_training,
-                             save_adapter)
+from .training import (EvenTrainer, TrainingDefaults, check_share, check_training,
+                             checkpoint_args, final_loss, held_out_split, remove_checkpoints,
+                             run_training, save_adapter)
 
 # %% ../nbs/stages/03_reward.ipynb #9e90d8fd
 def bradley_terry_loss(chosen, # [pairs] rewards of the preferred completions
@@ -80,6 +80,9 @@ def pair_loss(outputs, labels, num_items_in_batch=None, *, center_coefficient:fl
 @dataclass
 class RewardConfig(TrainingDefaults, LoadingSettings):
     "Train a reward model on pairs, from the SFT policy's trunk."
+    metrics = "loss", "accuracy", "margin"
+    idle = {"label_smoothing_factor": "The loss of a pair has no labels to smooth",
+            "prediction_loss_only": "The accuracy needs the scores"}
     output_dir: str = option("runs/reward", "Folder for everything this stage writes.",
                              decides=False)
     model: str = option(REQUIRED, "SFT policy whose trunk is used: a folder or a hub name.",
@@ -171,6 +174,7 @@ def held_out_report(trainer:EvenTrainer, config:RewardConfig)->dict: # of `rewar
 # %% ../nbs/stages/03_reward.ipynb #71994025
 def train_reward(config:RewardConfig)->dict: # accuracy, accuracy_interval, ece, brier, …
     "Run the stage: writes `output_dir/model` and `evaluation.json`; resumes a killed run."
+    check_training(config)
     set_seed(config.seed)
     tokenizer = load_tokenizer(str(config.model))
     model = new_reward_model(str(config.model), tokenizer, seed=config.seed, **config.loading)

@@ -25,9 +25,9 @@ from .loading import QuantizedLoading, load_policy, load_tokenizer
 from .models import check_architecture, new_policy
 from .settings import REQUIRED, check_choice, check_least, check_required, option
 from .tokenizers import filler_id, match_tokenizer
-from .training import (EvenTrainer, TrainingDefaults, check_share, checkpoint_args,
-                             final_evaluation, final_loss, held_out_split, remove_checkpoints,
-                             run_training, save_adapter)
+from .training import (EvenTrainer, TrainingDefaults, check_share, check_training,
+                             checkpoint_args, final_evaluation, final_loss, held_out_split,
+                             remove_checkpoints, run_training, save_adapter)
 
 # %% ../nbs/stages/02_sft.ipynb #f391832e
 OBJECTIVES = ("completion", "text")
@@ -193,6 +193,7 @@ def _dropped(config:SFTConfig)->int:
 
 def train_sft(config:SFTConfig)->dict: # train_loss, eval_loss (nats per token), tokens, …
     "Run the stage: write `output_dir/model` and `training_log.jsonl`. Resumes a killed run."
+    check_training(config)
     set_seed(config.seed)
     model, tokenizer = _make_model(config)
     train, held_out = sft_datasets(config, tokenizer)

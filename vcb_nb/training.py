@@ -25,6 +25,8 @@ from transformers.trainer_utils import TrainOutput
 
 from .artifacts import InputError, Progress, fingerprint, write_jsonl
 from .models import broken_weight, check_finite
+from .preflight import (check_acts, check_metric, check_numbers, check_trainer,
+                              check_writable, refuse)
 from .saving import rehearse_saving, save_model
 from .settings import check_above, check_choice, check_least, option, record_settings
 
@@ -32,8 +34,6 @@ from .settings import check_above, check_choice, check_least, option, record_set
 log = logging.getLogger(__name__)
 
 # %% ../nbs/foundations/17_training.ipynb #278d6cd0
-LEAST = dict(seed=0, learning_rate=0, weight_decay=0, warmup_steps=0, gradient_accumulation_steps=1,
-             per_device_train_batch_size=1, per_device_eval_batch_size=1)
 REPORTERS = {"none", *INTEGRATION_TO_CALLBACK}
 
 @functools.cache
@@ -57,6 +57,7 @@ def _check_early_stopping(config)->None:
 @dataclass
 class TrainingDefaults(TrainingArguments):
     "`TrainingArguments` with the defaults of this package; base of every training stage's config."
+    metrics, idle = ("loss",), {} # of evaluations; settings that do nothing here → why
     output_dir: str | None = option(None, "Folder for everything this stage writes.", decides=False)
     report_to: str | list[str] = option("none",
         "Where to report metrics: 'none', 'tensorboard', 'wandb', …")
@@ -85,7 +86,8 @@ class TrainingDefaults(TrainingArguments):
         try: super().__post_init__()
         except (ValueError, TypeError, ImportError, OSError) as e:
             raise InputError(f"The training settings cannot be used: {e}") from None
-        check_least(self, **LEAST)
+        check_numbers(self)
+        check_metric(self, self.metrics)
         if self.max_steps <= 0: check_above(self, num_train_epochs=0)
         for name in self.report_to: check_choice("report_to", name, REPORTERS)
 
@@ -143,6 +145,17 @@ def remove_incomplete(folder)->list: # the names of what was removed
         shutil.rmtree(p)
     return [p.name for p in broken]
 
+# %% ../nbs/foundations/17_training.ipynb #a7c10020
+def whole_checkpoint(name, # a path, or True: the newest one
+                     folder, # where the checkpoints of the run lie
+                    )->str:
+    "The checkpoint that is meant, if it is there and whole."
+    found = last_checkpoint(folder) if name is True else Path(name)
+    if found is not None and is_complete(found): return str(found)
+    valid = [p.name for p in _checkpoints(folder) if is_complete(p)]
+    raise InputError(f"resume_from_checkpoint is '{name}', and that is no complete checkpoint. "
+                     f"{folder} has {', '.join(valid) or 'none'}. Name another, or none.")
+
 # %% ../nbs/foundations/17_training.ipynb #7f3ab936
 def check_settings(folder, # where the checkpoints lie
                    config, # a stage's config
@@ -150,14 +163,51 @@ def check_settings(folder, # where the checkpoints lie
                   )->None:
     "Store the settings beside the checkpoints, or refuse to resume with different ones."
     sample = fingerprint([dataset[i] for i in (0, len(dataset) // 2, len(dataset) - 1)])
+    file, begun = Path(folder)/"settings.json", bool(_checkpoints(folder))
+    now = config.world_size * max(1, config.n_gpu)
+    known = json.loads(file.read_text("utf-8")) if begun and file.exists() else {"devices": now}
+    if (before := known.get("devices", 1)) != now: raise InputError(
+        f"The checkpoints in {folder} were made on {before} devices, and this run has {now}: other "
+        "rows would be trained twice or never, and the schedule would change. Start it on "
+        f"{before} again, delete the folder, or choose another output_dir.")
     rows = {"rows": len(dataset), "sample of the rows": sample}
-    record_settings(Path(folder)/"settings.json", config, bool(_checkpoints(folder)), rows)
+    record_settings(file, config, begun, rows | ({"devices": now} if now > 1 else {}))
 
 # %% ../nbs/foundations/17_training.ipynb #95066a73
 def check_share(share:float)->None:
     "Raise `InputError` unless a share of the rows can be held out."
     if not 0 <= share < 1:
         raise InputError(f"eval_share is {share}. Give a number from 0 to below 1.")
+
+# %% ../nbs/foundations/17_training.ipynb #a7c10022
+def _nothing_to_evaluate(config)->InputError:
+    return InputError("The settings ask for evaluations during training, and there are no held-out "
+                      "rows. Set eval_share above 0, name evaluation data, or leave eval_strategy, "
+                      "eval_on_start and load_best_model_at_end out.")
+
+def _evaluates(args)->bool: return args.eval_strategy.value != "no" or args.eval_on_start
+
+def _check_evaluation(config)->None:
+    "Refuse evaluations without rows, and a metric that picks nothing."
+    data = [getattr(config, f"eval_{name}", None) for name in ("share", "data", "pairs",
+                                                               "candidates")]
+    if _evaluates(config) and hasattr(config, "eval_share") and not any(data):
+        raise _nothing_to_evaluate(config)
+    picks = (config.load_best_model_at_end or config.early_stopping_patience
+             or config.save_strategy.value == "best"
+             or config.lr_scheduler_type.value in ("reduce_lr_on_plateau", "greedy"))
+    if config.metric_for_best_model and not picks:
+        refuse({"metric_for_best_model": config.metric_for_best_model},
+               {"metric_for_best_model": "Set load_best_model_at_end or early_stopping_patience "
+                                         "too"})
+
+# %% ../nbs/foundations/17_training.ipynb #a7c10025
+def check_training(config)->None:
+    "Raise `InputError` for all that can be known to fail before a training stage begins."
+    check_acts(config)
+    check_trainer(config)
+    _check_evaluation(config)
+    chosen_checkpoint(config)
 
 # %% ../nbs/foundations/17_training.ipynb #11568713
 def held_out_split(dataset, # a `datasets.Dataset`
@@ -339,15 +389,33 @@ def check_saved(trainer:Trainer)->None:
 class SafeTrainer(WatchedTrainer):
     "A `Trainer` that stops at what is not finite, saves none of it, and resumes with its log."
     def __init__(self, model=None, args=None, *rest, **kwargs):
+        check_trainer(args)
+        if args.should_save: check_writable(args.output_dir)
+        held_out = kwargs["eval_dataset"] if "eval_dataset" in kwargs else (*rest, *[None] * 3)[2]
+        if _evaluates(args) and held_out is None: raise _nothing_to_evaluate(args)
         super().__init__(model, args, *rest, **kwargs)
         if patience := getattr(self.args, "early_stopping_patience", None):
             least = self.args.early_stopping_threshold
             self.add_callback(EarlyStoppingCallback(patience, least))
 
-    def train(self, *args, **kwargs):
-        "As in the `Trainer`; a model that is broken already is refused."
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        "As in the `Trainer`; a model or a checkpoint that is broken already is refused."
+        if self.train_dataset is None: raise InputError("There are no rows to train on. Give "
+                                                        "train_dataset.")
         if self.args.process_index == 0: check_finite(self.model, "The model to train")
-        return super().train(*args, **kwargs)
+        if self.args.dataloader_drop_last and not len(self.get_train_dataloader()):
+            raise InputError(f"The {len(self.train_dataset)} rows do not fill one batch, and "
+                             "dataloader_drop_last drops it. Lower per_device_train_batch_size.")
+        if resume_from_checkpoint:
+            resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_dataloader(self, *args, **kwargs):
+        "As in the `Trainer`; `dataloader_drop_last` drops no row that is evaluated."
+        drop = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop and kwargs.get("is_training", False)
+        try: return super()._get_dataloader(*args, **kwargs)
+        finally: self.args.dataloader_drop_last = drop
 
     def save_model(self, output_dir=None, _internal_call=False):
         "As in the `Trainer`, if all is finite; a checkpoint also gets what is not logged yet."
@@ -359,7 +427,17 @@ class SafeTrainer(WatchedTrainer):
 
 # %% ../nbs/foundations/17_training.ipynb #a7c1000b
 class ResumingTrainer(SafeTrainer):
-    "A `SafeTrainer` whose checkpoints hold what the next line of the log needs."
+    "A `SafeTrainer` that reads weights by their names, and whose log has no gap."
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None)->None:
+        path = Path(resume_from_checkpoint)
+        if _is_sharded(path): return super()._load_from_checkpoint(str(path), model)
+        load_weights(self.accelerator.unwrap_model(self.model), path)
+
+    def _load_best_model(self)->None:
+        best = Path(self.state.best_model_checkpoint)
+        if _is_sharded(best): return super()._load_best_model()
+        load_weights(self.accelerator.unwrap_model(self.model), best)
+
     def _unlogged_file(self, checkpoint)->Path:
         return Path(checkpoint)/f"unlogged-{self.args.process_index}.safetensors"
 
@@ -449,7 +527,31 @@ def resume_point(trainer:Trainer, config:TrainingDefaults)->Path | None:
         if trainer.args.should_save:
             remove_incomplete(folder)
             check_settings(folder, config, trainer.train_dataset)
-        return last_checkpoint(folder)
+        return chosen_checkpoint(config) or last_checkpoint(folder)
+
+# %% ../nbs/foundations/17_training.ipynb #a7c10023
+def chosen_checkpoint(config)->Path | None:
+    "What `resume_from_checkpoint` names: a checkpoint of this run. None and true: the newest."
+    name, own = config.resume_from_checkpoint, checkpoint_folder(config)
+    if not name or str(name).lower() == "true": return None
+    path = next((p for p in (Path(name), own/str(name)) if p.is_dir()), Path(name))
+    if path.resolve().parent == own.resolve(): return Path(whole_checkpoint(path, own))
+    raise InputError(f"resume_from_checkpoint is '{name}', and that is no checkpoint of this run. "
+                     f"A run resumes by itself from the newest one in {own}. Leave it out, or "
+                     "set model to start from the weights of another run.")
+
+def _place_events(trainer:Trainer, config)->None:
+    "TensorBoard's files stay: beside the model, in one folder also when a run resumes."
+    for callback in trainer.callback_handler.callbacks:
+        if type(callback).__name__ == "TensorBoardCallback":
+            callback.logging_dir = callback.logging_dir or str(Path(config.output_dir)/"runs")
+
+def _close_events(trainer:Trainer)->None:
+    "Write what TensorBoard has not written yet; afterwards its files do not change."
+    for callback in trainer.callback_handler.callbacks:
+        if writer := getattr(callback, "tb_writer", None):
+            writer.close()
+            callback.tb_writer = None
 
 # %% ../nbs/foundations/17_training.ipynb #00e07aa4
 def save_final(trainer:Trainer, config:TrainingDefaults)->Path: # the folder `output_dir/model`
@@ -539,15 +641,19 @@ def run_training(trainer:Trainer, # its `args` come from `checkpoint_args(config
     """
     rehearse_saving(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
     bar = _own_progress(trainer, desc)
+    _place_events(trainer, config)
     try:
         with _names_are_settled(), save_on_signal(trainer):
             output = _train(trainer, resume_point(trainer, config))
-    finally: bar.close() # what is said of an error begins on a line of its own
+    finally: # what is said of an error begins on a line of its own
+        bar.close()
+        _close_events(trainer)
     best = trainer.state.best_model_checkpoint if config.load_best_model_at_end else None
     if best and not _is_sharded(Path(best)):
         load_weights(trainer.accelerator.unwrap_model(trainer.model), best)
     save_final(trainer, config)
     final_evaluation(trainer, fresh=bool(best))
+    _close_events(trainer)
     if trainer.args.should_save: write_log(config.output_dir, trainer.state.log_history)
     return output
 
@@ -556,6 +662,9 @@ def remove_checkpoints(config:TrainingDefaults)->None:
     "Delete the checkpoints of a finished run, unless they are to be kept."
     folder = checkpoint_folder(config)
     if not config.should_save or config.keep_checkpoints or not folder.exists(): return
+    for found in folder.iterdir(): # a reporter's
+        if found.name != "settings.json" and not found.name.startswith("checkpoint-"):
+            if not (to := folder.parent/found.name).exists(): found.rename(to)
     # Gone in one move: a kill while files are deleted would leave half a checkpoint to continue.
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     folder.rename(old)
