@@ -1,0 +1,179 @@
+"Layouts of public datasets: each is recognised by its columns, whatever file it is in."
+import gzip, json, logging
+from itertools import permutations
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from datasets import Dataset
+from pyarrow import feather
+
+from layout_rows import BAD, GOOD, LAYOUT_ROWS, LIST, PAIR, QUESTION
+from vcb_nb import data
+from vcb_nb.artifacts import InputError, write_jsonl
+from vcb_nb.data import (counting_dropped, load_candidates, load_demonstrations, load_pairs,
+                         load_prompts, load_rows)
+from vcb_nb.layouts import LAYOUTS, find_layout
+
+LOADERS = {"pairs": load_pairs, "candidates": load_candidates,
+           "demonstrations": load_demonstrations}
+IDS = sorted(LAYOUT_ROWS)
+
+
+def message(function, *args, **kwargs):
+    "What the `InputError` says."
+    with pytest.raises(InputError) as error: function(*args, **kwargs)
+    return str(error.value)
+
+
+def made(source, kind):
+    "What the adapter makes of a source, before any other check."
+    place = data._adapted(data._locate(source), kind)
+    return [row for _, row in place[1]]
+
+
+def is_chat(rows): return any(isinstance(v, list) and isinstance(v[0], dict)
+                              for v in rows[0].values())
+
+
+def test_every_layout_has_rows(): assert {one.name for one in LAYOUTS} == set(LAYOUT_ROWS)
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_a_layout_is_recognised_and_turned(name, tmp_path):
+    "In a file and as Arrow; what is plain text then comes out of the loader the same."
+    rows, kind, expected = LAYOUT_ROWS[name]
+    path = write_jsonl(tmp_path/"rows.jsonl", rows)
+    for source in (path, Dataset.from_list(rows)):
+        assert find_layout(data._columns(data._locate(source))[1]).name == name
+        assert made(source, kind) == expected
+        if is_chat(expected): continue
+        columns = list(expected[0])
+        assert LOADERS[kind](source).select_columns(columns).to_list() == expected
+
+
+def test_pairs_demonstrations_and_prompts_of_any_layout(tmp_path):
+    "What a layout does not give directly: pairs of lists, the best answer, the prompts."
+    steer = write_jsonl(tmp_path/"steer.jsonl", LAYOUT_ROWS["HelpSteer2"][0])
+    assert load_pairs(steer).to_list() == [PAIR | {"margin": 3.}]
+    assert load_demonstrations(steer).to_list() == [{"prompt": QUESTION, "completion": GOOD}]
+    assert load_prompts(steer).to_list() == [{"prompt": QUESTION}]
+    safe = Dataset.from_list(LAYOUT_ROWS["PKU-SafeRLHF"][0])
+    assert load_demonstrations(safe).to_list() == [{"prompt": QUESTION, "completion": GOOD}]
+
+
+@pytest.mark.parametrize("good,bad", [(True, False), (1, 0), (1, -1)], ids=str)
+def test_a_bad_answer_is_no_demonstration(good, bad, caplog):
+    "KTO's labels, as truth values or as numbers; a file of bad answers only is refused."
+    rows = [{"prompt": p, "completion": c, "label": label}
+            for p, c, label in (("p", " a", good), ("p", " b", bad), ("q", " c", bad))]
+    with counting_dropped() as dropped, caplog.at_level(logging.WARNING):
+        found = load_demonstrations(Dataset.from_list(rows))
+    assert found.to_list() == [{"prompt": "p", "completion": " a"}]
+    assert dropped == {"label is false": 2} and "2 of 3 rows dropped" in caplog.text
+    assert load_pairs(Dataset.from_list(rows))["rejected"][:] == [" b"]
+    assert "label is false: 2" in message(load_demonstrations, Dataset.from_list(rows[1:]))
+    texts = Dataset.from_list([{"prompt": "p", "label": " a summary"}]) # TRL's TL;DR
+    assert load_demonstrations(texts)["completion"][:] == [" a summary"]
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_the_order_of_rows_and_files_does_not_matter(name, tmp_path):
+    rows, kind, expected = LAYOUT_ROWS[name]
+    if len(rows) > 1 and len(expected) > 1:
+        (tmp_path/"rows").mkdir()
+        for i, row in enumerate(reversed(rows)): write_jsonl(tmp_path/"rows"/f"{i}.jsonl", [row])
+        assert made(tmp_path/"rows", kind) == expected[::-1]
+    wider = [row | {"note": i} if i else row for i, row in enumerate(rows)]
+    assert made(write_jsonl(tmp_path/"wider.jsonl", wider), kind)[0].keys() >= expected[0].keys()
+
+
+def test_scores_that_contradict_a_pair_are_counted(tmp_path):
+    rows = [PAIR | {"score_chosen": c, "score_rejected": r} for c, r in ((2, 1), (1, 1), (1, 2))]
+    with counting_dropped() as dropped: pairs = load_pairs(write_jsonl(tmp_path/"p.jsonl", rows))
+    assert pairs["margin"][:] == [1.]
+    assert dropped == {"equal scores": 1, "the rejected answer scores higher": 1}
+
+
+def test_a_row_of_another_layout_is_named(tmp_path):
+    rows = [*LAYOUT_ROWS["SHP"][0], {"history": "Why?", "human_ref_A": "So."}]
+    said = message(load_pairs, write_jsonl(tmp_path/"p.jsonl", rows))
+    assert "p.jsonl:3" in said and "human_ref_B" in said
+    empty = [*LAYOUT_ROWS["HelpSteer2"][0], {"prompt": None, "response": "So.", "helpfulness": 1}]
+    with counting_dropped() as dropped: load_candidates(write_jsonl(tmp_path/"q.jsonl", empty))
+    assert dropped == {"no prompt": 1}
+
+
+def test_an_unknown_layout_shows_its_columns_and_the_nearest(tmp_path):
+    row = {"history": "Why?", "human_ref_A": "So.", "labels": 1, "votes": 3}
+    said = message(load_pairs, write_jsonl(tmp_path/"p.jsonl", [row]))
+    for words in ("no column 'chosen'", "history, human_ref_A, labels, votes", "SHP is the nearest",
+                  "it also has 'human_ref_B' (text)"): assert words in said
+    row = {"prompt": "Why?", "answers": ["So."]} # not records with ranks
+    assert "Nectar is the nearest" in message(load_candidates, Dataset.from_list([row]))
+
+
+# --- Files
+
+def as_file(path, rows):
+    "Rows in the format of the file's name."
+    table = pa.Table.from_pylist(rows)
+    ending = path.name.partition(".")[2]
+    if ending == "parquet": pa.parquet.write_table(table, path)
+    elif ending == "feather": feather.write_feather(table, path)
+    elif ending == "arrow":
+        with pa.ipc.new_stream(path, table.schema) as out: out.write_table(table)
+    elif ending == "file.arrow":
+        with pa.ipc.new_file(path, table.schema) as out: out.write_table(table)
+    elif ending in ("csv", "tsv"):
+        separator, quoted = ("," if ending == "csv" else "\t"), '"{}"'.format
+        cell = lambda v: quoted(str(v).replace('"', '""')) if v is not None else ""
+        lines = [list(rows[0]), *(row.values() for row in rows)]
+        path.write_text("".join(separator.join(map(cell, line)) + "\r\n" for line in lines))
+    else:
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        packed = path.suffix[1:]
+        if packed == "zst":
+            with pa.CompressedOutputStream(str(path), "zstd") as out: out.write(content)
+        elif packed in ("gz", "misnamed"): path.write_bytes(gzip.compress(content))
+        else: path.write_bytes(content)
+    return path
+
+
+FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst", "csv", "tsv", "parquet", "arrow", "file.arrow",
+           "feather")
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_every_kind_of_file_gives_the_same(ending, tmp_path):
+    "Numbers, quotes, line ends and an empty cell survive."
+    rows = [PAIR | {"chosen": 'He said: "1,\n2"', "margin": 2.5}, PAIR | {"margin": 1.}]
+    assert load_pairs(as_file(tmp_path/f"a.{ending}", rows)).to_list() == rows
+    labelled = [{"prompt": "1984", "completion": "5", "label": True},
+                {"prompt": "p", "completion": " b", "label": False}]
+    path = as_file(tmp_path/f"b.{ending}", labelled)
+    assert load_demonstrations(path).to_list() == [{"prompt": "1984", "completion": "5"}]
+
+
+def test_tables_hold_lists_and_name_their_lines(tmp_path):
+    path = tmp_path/"a.csv"
+    path.write_text('prompt,completions,rewards\n"two\nlines","[""a"", ""b""]","[2, 1.5]"\n')
+    assert load_candidates(path)["rewards"][:] == [[2., 1.5]]
+    bad = {"prompt,completion\na\n": ":2: 1 cells for 2", "a,a\n1,2\n": ":1: the first line",
+           'prompt,completion\n"a"b,c\n': ":2: not a table", "prompt\n": "no rows"}
+    for text, part in bad.items():
+        path.write_text(text)
+        assert "a.csv" + part in message(load_rows, path) or part == "no rows"
+
+
+def test_the_first_bytes_say_what_a_file_is(tmp_path):
+    "Fault 19: gzip named .jsonl is read; what is no text says what it is."
+    content = (json.dumps(PAIR) + "\n").encode()
+    (tmp_path/"a.jsonl").write_bytes(gzip.compress(content))
+    assert load_pairs(tmp_path/"a.jsonl").to_list() == [PAIR]
+    as_file(tmp_path/"b.parquet", [PAIR]).rename(tmp_path/"b.jsonl")
+    assert "Name it .parquet" in message(load_pairs, tmp_path/"b.jsonl")
+    (tmp_path/"c.jsonl").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in message(load_pairs, tmp_path/"c.jsonl")
+    (tmp_path/"d.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd nothing")
+    assert "broken" in message(load_pairs, tmp_path/"d.jsonl.zst")
