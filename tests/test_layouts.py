@@ -2,6 +2,7 @@
 import gzip, json, logging
 from itertools import permutations
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -177,3 +178,139 @@ def test_the_first_bytes_say_what_a_file_is(tmp_path):
     assert "git lfs pull" in message(load_pairs, tmp_path/"c.jsonl")
     (tmp_path/"d.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd nothing")
     assert "broken" in message(load_pairs, tmp_path/"d.jsonl.zst")
+
+
+# --- Splits of a Hub repository's copy
+
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - {split: train_prefs, path: data/train_prefs-*}
+  - {split: test_prefs, path: data/test_prefs-*}
+  - {split: train_sft, path: data/train_sft-*}
+- config_name: small
+  data_files:
+  - {split: train_prefs, path: small/*.jsonl}
+---
+"""
+
+
+@pytest.fixture
+def copy(tmp_path):
+    "A repository with two shards of one split, three splits, and two configurations."
+    folder = tmp_path/"ultra"
+    (folder/"data").mkdir(parents=True)
+    (folder/"README.md").write_text(CARD)
+    shards = {"train_prefs-00000-of-00002": "ab", "train_prefs-00001-of-00002": "c",
+              "test_prefs-00000-of-00001": "de", "train_sft-00000-of-00001": "f"}
+    for name, prompts in shards.items():
+        rows = [{"prompt": p, "completion": p} for p in prompts]
+        as_file(folder/"data"/f"{name}.parquet", rows)
+    write_jsonl(folder/"small"/"x.jsonl", [{"prompt": "g", "completion": "g"}])
+    return folder
+
+
+SPLITS = {"train_prefs": "abc", "test_prefs": "de", "train_sft": "f", "default/train_sft": "f",
+          "small/train_prefs": "g", "small": "g"}
+
+
+@pytest.mark.parametrize("card", (True, False), ids=("card", "no card"))
+def test_splits_are_those_of_load_dataset(copy, tmp_path, monkeypatch, card):
+    "Fault 15: each split alone, with a card or by the names of the files."
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path/"cache")
+    if not card: (copy/"README.md").unlink()
+    theirs = datasets.load_dataset(str(copy), *["default"] * card)
+    for name, rows in theirs.items():
+        assert load_prompts(f"{copy}#{name}")["prompt"][:] == rows["prompt"][:]
+    if card: assert set(theirs) == {"train_prefs", "test_prefs", "train_sft"}
+    for name, prompts in SPLITS.items() if card else ():
+        assert load_prompts(f"{copy}#{name}")["prompt"][:] == list(prompts)
+
+
+def test_an_unclear_split_is_listed(copy):
+    "Nothing named, a beginning of a name, or a split that is not there: one sentence."
+    for name in ("", "#train", "#nope", "#small/test_prefs"):
+        said = message(load_prompts, f"{copy}{name}")
+        assert "train_prefs" in said and ("#" in said or "no split" in said), said
+    said = message(load_prompts, copy)
+    assert "train_prefs, test_prefs, train_sft" in said and "Choose one" in said
+
+
+def test_a_folder_of_one_split_needs_no_name(tmp_path):
+    for split in ("train", "validation", "data"):
+        write_jsonl(tmp_path/split/f"{split}-00000-of-00001.jsonl", [{"prompt": split}])
+        assert load_prompts(tmp_path/split)["prompt"][:] == [split]
+
+
+# --- Columns that some rows lack
+
+TEXTS = [PAIR | {"prompt": p, "note": 1} for p in "ab"]
+LAST = PAIR | {"prompt": "c", "margin": 1.5, "note": 2.5, "late": [1]}
+
+
+@pytest.mark.parametrize("in_memory", (1 << 20, 0), ids=("small", "large"))
+@pytest.mark.parametrize("order", permutations(range(3)), ids=str)
+def test_a_column_that_some_rows_lack(order, in_memory, tmp_path, monkeypatch):
+    "Fault 17: small or large, in any order, in one file or three: the same rows, the same refusal."
+    monkeypatch.setattr(data, "IN_MEMORY", in_memory)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path/"cache")
+    rows = [[*TEXTS, LAST][i] for i in order]
+    columns = ("prompt", "chosen", "rejected", "margin", "note", "late")
+    expected = [{c: row.get(c) for c in columns} for row in rows]
+    one = write_jsonl(tmp_path/"one.jsonl", rows)
+    for i, row in enumerate(rows): write_jsonl(tmp_path/"many"/f"{i}.jsonl", [row])
+    for source in (one, tmp_path/"many"):
+        assert load_rows(source).select_columns(columns).to_list() == expected
+        assert "no 'margin', which other rows have" in message(load_pairs, source)
+        assert len(load_demonstrations(source)) == 3 # nothing there depends on the margin
+    tables = tmp_path/"tables"
+    tables.mkdir()
+    for i, row in enumerate(rows): as_file(tables/f"{i}.parquet", [row])
+    assert load_rows(tables).select_columns(columns).to_list() == expected
+    assert "margin" in message(load_pairs, tables)
+
+
+@pytest.mark.parametrize("column,value", [("rewards", [1., 2.]), ("ref_logps", [-1., -2.]),
+                                          ("reward_std", 1.), ("finish_reasons", ["stop"] * 2)])
+def test_the_same_rule_holds_for_candidates(column, value, tmp_path):
+    rows = [LIST, LIST | {column: value}]
+    for ordered in (rows, rows[::-1]):
+        said = message(load_candidates, write_jsonl(tmp_path/"c.jsonl", ordered))
+        assert column in said and f"c.jsonl:{1 + ordered.index(LIST)}" in said
+    empty = Dataset.from_list([LIST | {column: value}]).map(lambda row: {column: None})
+    assert len(load_candidates(empty)) == 1 # a column that no row fills is none
+
+
+def test_a_late_fraction_makes_a_column_of_numbers(tmp_path, monkeypatch):
+    "Whole numbers in the first thousand rows, fractions and gaps later; large files as small ones."
+    rows = [{"prompt": str(i), "n": i} for i in range(1200)] + [{"prompt": "x", "n": .5},
+                                                                {"prompt": "y"}]
+    path = write_jsonl(tmp_path/"p.jsonl", rows)
+    small = load_rows(path).to_list()
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path/"cache")
+    assert load_rows(path).to_list() == small and small[-2:] == [
+        {"prompt": "x", "n": .5}, {"prompt": "y", "n": None}]
+
+
+def test_large_files_of_other_layouts(tmp_path, monkeypatch):
+    rows, _, expected = LAYOUT_ROWS["HelpSteer2"]
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path/"cache")
+    path = write_jsonl(tmp_path/"p.jsonl", rows)
+    assert load_candidates(path).to_list() == expected
+    write_jsonl(path, [row | {"helpfulness": 9 - row["helpfulness"]} for row in rows])
+    assert load_candidates(path)["rewards"][:] == [[5., 8.]] # not what the cache had
+
+
+@pytest.mark.parametrize("ending", ("jsonl", "parquet"))
+def test_a_cache_that_cannot_be_written_is_named(ending, tmp_path, monkeypatch):
+    "Fault 19: small files need no cache; large ones say which folder it is and how to choose one."
+    (tmp_path/"cache").write_text("a file")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path/"cache"/"inside")
+    path = as_file(tmp_path/f"a.{ending}", [PAIR])
+    assert load_pairs(path).to_list() == [PAIR]
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    said = message(load_pairs, path)
+    assert "cannot be written" in said and "HF_DATASETS_CACHE" in said and "inside" in said

@@ -349,7 +349,7 @@ def _by_split(folder, configs, default, wanted)->list:
     "The files of `split`, `config/split`, or of the only split that there is."
     names = {f"{config}/{split}": files for config, splits in configs.items()
              for split, files in splits.items() if files}
-    if default and "/" not in wanted:
+    if default and "/" not in wanted and wanted not in configs:
         names = {k: v for k, v in names.items() if k.startswith(f"{default}/")} or names
     if len({name.partition("/")[0] for name in names}) == 1 and "/" not in wanted:
         names = {k.partition("/")[2]: v for k, v in names.items()}
@@ -357,7 +357,7 @@ def _by_split(folder, configs, default, wanted)->list:
     if len(fits) == 1: return names[fits.pop()]
     listed = ", ".join(names)
     if not names or wanted and not fits:
-        raise InputError(f"{folder} has no split '{wanted}'. {did_you_mean(wanted, names)}")
+        raise InputError(f"{folder} has no split '{wanted}'. It has {listed}.")
     raise InputError(f"{folder} contains several splits ({listed}). "
                      f"Choose one: '{folder}#{min(fits)}'.")
 
@@ -602,11 +602,11 @@ def _are_lists(place):
     kinds = _columns(place)[1]
     return {"completions", "rewards"} <= set(kinds) and "chosen" not in kinds
 
-def _pairs(place):
-    "The pairs of a place that `_adapted` gave."
+def _pairs(place, margin=True):
+    "The pairs of a place that `_adapted` gave; without the margin, rows may lack it."
     if _are_lists(place): return candidates_to_pairs(_candidates(place))
     columns = _filled(place)
-    need = [c for c in ("prompt", "chosen", "rejected", "margin")
+    need = [c for c in ("prompt", "chosen", "rejected", *["margin"] * margin)
             if c in columns or c in ("chosen", "rejected")]
     rows = _usable(_read(place, need, only=True).map(_pair), place[0])
     return rows.select_columns(list(dict.fromkeys(["prompt", *need])))
@@ -661,7 +661,7 @@ def _best(row):
 def _demonstrations(place):
     "The demonstrations of a place that `_adapted` gave."
     if _are_pairs(place):
-        rows = _pairs(place).select_columns(["prompt", "chosen"])
+        rows = _pairs(place, margin=False).select_columns(["prompt", "chosen"])
         return rows.rename_column("chosen", "completion")
     if _are_lists(place): rows, make = _candidates(place), _best
     else:
@@ -681,7 +681,7 @@ def load_prompts(source, # see `load_rows`
                 )->Dataset: # prompt
     "Read distinct prompts, in the order of first appearance, from any format that has them."
     place = _adapted(_locate(source), "prompts")
-    if _are_pairs(place) and "prompt" not in _columns(place)[1]: prompts = _pairs(place)["prompt"]
+    if _are_pairs(place) and "prompt" not in _columns(place)[1]: prompts = _pairs(place, False)["prompt"]
     else:
         need = _choose(place, PROMPT_FORMATS)
         prompts = map(PROMPT_FORMATS[need], _read(place, need, only=True))
