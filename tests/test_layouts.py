@@ -1,6 +1,7 @@
 "Layouts of public datasets: each is recognised by its columns, whatever file it is in."
 import gzip, json, logging
 from itertools import permutations
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -14,7 +15,9 @@ from vcb_nb import data
 from vcb_nb.artifacts import InputError, write_jsonl
 from vcb_nb.data import (counting_dropped, load_candidates, load_demonstrations, load_pairs,
                          load_prompts, load_rows)
-from vcb_nb.layouts import LAYOUTS, find_layout
+from vcb_nb.layouts import LAYOUTS, find_layout, layout_table
+
+PAGE = Path(__file__).parents[1]/"nbs"/"layouts.qmd"
 
 LOADERS = {"pairs": load_pairs, "candidates": load_candidates,
            "demonstrations": load_demonstrations}
@@ -35,6 +38,9 @@ def made(source, kind):
 
 def is_chat(rows): return any(isinstance(v, list) and isinstance(v[0], dict)
                               for v in rows[0].values())
+
+
+def test_the_page_has_the_table(): assert f"\n\n{layout_table()}\n\n" in PAGE.read_text("utf-8")
 
 
 def test_every_layout_has_rows(): assert {one.name for one in LAYOUTS} == set(LAYOUT_ROWS)

@@ -77,7 +77,7 @@ def scored_pair(row):
 # %% ../nbs/foundations/03_layouts.ipynb #f67a3d60
 def _turn(text:str, role:str="user")->list: return [{"role": role, "content": text}]
 
-def chat_pair(row):
+def conversation_pair(row):
     "Two conversations, or two last turns, as prompt, chosen and rejected in messages."
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     if not chosen or not rejected: return "empty conversation"
@@ -260,7 +260,7 @@ PAIR_LAYOUTS = (
     Layout("ShareGPT pairs", {"conversations": "sharegpt", "chosen": "record",
                               "rejected": "record"}, {"pairs": each(sharegpt_pair)},
            "llamafactory/DPO-En-Zh-20k", "chat pairs"),
-    Layout("UltraFeedback binarized", _CHATS, {"pairs": each(chat_pair)},
+    Layout("UltraFeedback binarized", _CHATS, {"pairs": each(conversation_pair)},
            "HuggingFaceH4/ultrafeedback_binarized",
            "chat pairs; margin = score_chosen − score_rejected"),
     Layout("orca_dpo_pairs", {"system": "text", "question|input": "text", **_TEXTS},
@@ -347,3 +347,14 @@ def nearest_layout(columns:dict)->str: # '' where no layout is near
     absent = ", ".join(f"'{need.partition('|')[0]}' ({best.needs[need].replace('|', ' or ')})"
                        for need in lacks[best])
     return f"Of the known layouts, {best.name} is the nearest; it also has {absent}."
+
+# %% ../nbs/foundations/03_layouts.ipynb #4d6e8fa2
+def layout_table()->str:
+    "The layouts as a table in Markdown."
+    rows = ["| layout | columns | what it becomes | seen in |", "|---|---|---|---|"]
+    for one in LAYOUTS:
+        names = [need.split("|") for need in one.needs]
+        columns = ", ".join(f"`{first}`" + (" (or others)" if rest else "")
+                            for first, *rest in names)
+        rows.append(f"| {one.name} | {columns} | {one.becomes} | {one.where} |")
+    return "\n".join(rows)
