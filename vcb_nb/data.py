@@ -681,7 +681,8 @@ def load_prompts(source, # see `load_rows`
                 )->Dataset: # prompt
     "Read distinct prompts, in the order of first appearance, from any format that has them."
     place = _adapted(_locate(source), "prompts")
-    if _are_pairs(place) and "prompt" not in _columns(place)[1]: prompts = _pairs(place, False)["prompt"]
+    if _are_pairs(place) and "prompt" not in _columns(place)[1]:
+        prompts = _pairs(place, False)["prompt"]
     else:
         need = _choose(place, PROMPT_FORMATS)
         prompts = map(PROMPT_FORMATS[need], _read(place, need, only=True))
