@@ -332,11 +332,14 @@ def _hub_files(folder)->tuple: # ({config: {split: files}}, the default config o
     "The files of a folder, as `datasets.load_dataset` would assign them."
     from datasets import DownloadConfig
     from datasets.load import LocalDatasetModuleFactory
+    cards = logging.getLogger("huggingface_hub.repocard") # warns of a README without metadata
+    cards.disabled, before = True, cards.disabled
     try: found = LocalDatasetModuleFactory(str(folder)).get_module().builder_configs_parameters
     except FileNotFoundError: return {}, None
     except Exception as e: # metadata that cannot be read, in many ways
         raise InputError(f"{folder}: its splits cannot be found ({type(e).__name__}: {e}). Fix "
                          "the configs in README.md, or name a file.") from None
+    finally: cards.disabled = before
     configs = {}
     for one in found.builder_configs:
         try: one._resolve_data_files(folder.resolve().as_posix(), DownloadConfig())
