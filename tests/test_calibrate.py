@@ -812,3 +812,18 @@ def test_n_best_list_of_texts(shared_data, config_of, tmp_path):
     assert summary["data"]["train"]["prompts"] == 4 and summary["data"]["train"]["candidates"] == 24
     # σ is that of all 16 rewards, only 6 are trained on: the loss starts near 2, R² at exactly 0.
     assert read_curve(tmp_path / "out", "calibration/r2")[1][0] == 0.0
+
+
+def test_equal_ids_have_one_reward(tiny_tokenizer, caplog):
+    "Fault 20: a cut makes two texts equal; a judge gives one text two rewards. The target is one."
+    texts = [" good and long", " good and short", " bad", " bad"]
+    rows = Dataset.from_list([{"prompt": "p", "completions": texts, "rewards": [4., 2., 1., -1.]},
+                              {"prompt": "q", "completions": [" a", " a"], "rewards": [1., 2.]}])
+    args = CalibrationConfig("runs/none", reference="live", max_completion_length=len(
+        tiny_tokenizer(" good and").input_ids))
+    kept, info = stage.prepare_dataset(rows, "train", args, tiny_tokenizer)
+    assert kept["rewards"][:] == [[3., 3., 0., 0.]] and info["merged"] == 6
+    assert info["dropped"]["no signal"] == 1 and "same tokens" in caplog.text
+    same = rows.select([0]).map(lambda row: {"rewards": [3., 3., 0., 0.]})
+    kept, info = stage.prepare_dataset(same, "train", args, tiny_tokenizer)
+    assert info["merged"] == 0 and kept["rewards"][:] == [[3., 3., 0., 0.]]

@@ -206,8 +206,8 @@ def test_other_bad_sources(tmp_path):
     for name, content in nothing.items():
         (tmp_path/name).write_text(content)
         assert "no rows" in message(load_texts, tmp_path/name)
-    (tmp_path/"x.csv").write_text("a,b")
-    assert "unknown kind" in message(load_rows, tmp_path/"x.csv")
+    (tmp_path/"x.xlsx").write_text("a,b")
+    assert "unknown kind" in message(load_rows, tmp_path/"x.xlsx")
     (tmp_path/"folder").mkdir()
     assert "no .jsonl" in message(load_rows, tmp_path/"folder")
     mixed = write(tmp_path/"mixed.jsonl", {"prompt": "a", "x": 1}, {"prompt": "a", "x": {"y": "b"}})

@@ -85,3 +85,52 @@ def test_tokenizer_stage(tmp_path):
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(tmp_path/"tok"/"model")
     assert len(tokenizer) == made["vocab_size"] and tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
+PREAMBLE = "You are a careful assistant. Answer in one sentence. " * 8
+
+
+@pytest.mark.parametrize("as_messages", (False, True), ids=("text", "messages"))
+def test_a_shared_preamble_does_not_decide_the_side(as_messages):
+    "A system prompt of more than 200 letters before each question: all shares are met."
+    def prompt(i):
+        if as_messages: return [{"role": "system", "content": PREAMBLE},
+                                {"role": "user", "content": f"question {i}"}]
+        return f"\n\nHuman: {PREAMBLE} question {i}\n\nAssistant:"
+    sides = [split_side(prompt(i), .25, .25) for i in range(2000)]
+    assert abs(sides.count("test")/2000 - .25) < .04
+    longer = [*prompt(3), {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}] \
+        if as_messages else prompt(3) + " a\n\nHuman: b\n\nAssistant:"
+    assert opening(longer) == opening(prompt(3)) and opening(longer, "prompt") != opening(prompt(3))
+
+
+def test_a_shared_first_turn_has_a_remedy(tmp_path):
+    "Every dialogue begins with the same turns: one sentence names the setting, and it helps."
+    start = "\n\nHuman: Hello.\n\nAssistant: Hello! How can I help?\n\nHuman: "
+    write_jsonl(tmp_path/"p.jsonl", [
+        {"prompt": f"{start}question {i}\n\nAssistant:", "chosen": " a", "rejected": " b"}
+        for i in range(200)])
+    given = dict(output_dir=str(tmp_path/"out"), pairs=[str(tmp_path/"p.jsonl")])
+    with pytest.raises(InputError, match="same opening. Set split_by: prompt"):
+        prepare(PrepareConfig(**given))
+    made = prepare(PrepareConfig(**given, split_by="prompt"))
+    assert made["pairs"] > 100 and made["pairs_test"] and made["prompts_validation"]
+
+
+def test_a_column_of_one_source_only_is_refused_in_either_order(tmp_path):
+    rows = pairs(40)
+    write_jsonl(tmp_path/"with.jsonl", [row | {"margin": 1.} for row in rows])
+    write_jsonl(tmp_path/"without.jsonl", rows)
+    for order in (("with", "without"), ("without", "with")):
+        with pytest.raises(InputError, match="without.jsonl has no 'margin', which .*with.jsonl"):
+            prepare(PrepareConfig(output_dir=str(tmp_path/"out"),
+                                  pairs=[str(tmp_path/f"{name}.jsonl") for name in order]))
+
+
+def test_what_an_adapter_drops_is_in_the_summary(tmp_path):
+    "Rows that a layout multiplies or joins are counted by what was dropped, not by difference."
+    steer = [{"prompt": f"\n\nHuman: {i}?\n\nAssistant:", "response": f" {j}", "helpfulness": j}
+             for i in range(100) for j in range(3)]
+    write_jsonl(tmp_path/"p.jsonl", [*steer, {**steer[0], "prompt": "alone"}])
+    made = prepare(PrepareConfig(output_dir=str(tmp_path/"out"), pairs=[str(tmp_path/"p.jsonl")]))
+    assert made["dropped"] == {"not a pair": 1} and made["pairs"] + made["pairs_test"] > 250

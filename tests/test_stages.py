@@ -71,7 +71,7 @@ OTHER = {
     "attn_implementation": "eager", "quantization": "4bit", "policy": "b.txt",
     "policies": {"vcb": "b.txt"}, "methods": {"sft": {"method": "sft"}}, "backend": "vllm",
     "calibrate.reference": "live", "pretrain.objective": "completion",
-    "objective": "text",
+    "objective": "text", "split_by": "prompt",
     "loss": "dpo", "loss_params": {"gamma": .5}, "way": "rows", "reference_model": "b.txt",
     "peft_config": {"r": 2}, "temperature": .7, "top_p": .9, "level": .9, "eval_share": .2,
     "test_share": .2, "validation_share": .2, "max_length": 700, "run": "..",

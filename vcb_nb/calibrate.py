@@ -12,7 +12,6 @@ import copy, logging, math, random, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import set_seed
 from .adapters import check_lora, fresh_adapter
@@ -178,6 +177,23 @@ def all_sigmas(dataset, picks:list, pooled:float|None=None)->tuple: # (kinds, si
     kinds = {"stored": stored, "candidates": own, "dataset": torch.full_like(own, pooled)}
     return kinds, signal
 
+# %% ../nbs/stages/06_calibrate.ipynb #5f0e6a17
+def _mean_rewards(ids:list, rewards:list)->list:
+    "The rewards of one prompt, equal where the token ids are."
+    same = {}
+    for tokens, reward in zip(ids, rewards): same.setdefault(tuple(tokens), []).append(reward)
+    means = {k: v[0] if len(set(v)) == 1 else math.fsum(v) / len(v) for k, v in same.items()}
+    return [means[tuple(tokens)] for tokens in ids]
+
+def merge_equal(dataset)->tuple: # (dataset, how many rewards changed)
+    "One reward for equal token ids of a prompt: their mean."
+    finite_values(dataset, "rewards")
+    old = list(dataset["rewards"])
+    new = [_mean_rewards(ids, row) for ids, row in zip(dataset["completion_ids"], old)]
+    count = sum(a != b for one, other in zip(old, new) for a, b in zip(one, other))
+    if count: dataset = dataset.remove_columns("rewards").add_column("rewards", new)
+    return dataset, count
+
 # %% ../nbs/stages/06_calibrate.ipynb #d2e989ba
 KEPT = ("prompt_ids", "completion_ids", "rewards", "ref_logps")
 
@@ -185,9 +201,10 @@ def prepare_candidates(dataset, # with columns prompt_ids, completion_ids, rewar
                        args, # CalibrationConfig
                        pooled:float|None=None, # σ of sigma='dataset'; None: from this data set
                       )->tuple: # (Dataset with columns sigma and picked, counts)
-    "Choose candidates and σ of each prompt; drop and count the prompts without a signal."
+    "Merge rewards, choose candidates and σ of each prompt; drop and count those without a signal."
     check_columns(dataset, args.reference)
     if args.reference == "stored": finite_values(dataset, "ref_logps")
+    dataset, merged = merge_equal(dataset)
     picks = pick_candidates(dataset["completion_ids"], args.n_candidates, args.seed)
     kinds, signal = all_sigmas(dataset, picks, pooled)
     sigma, counts = kinds[args.sigma], torch.tensor([len(pick) for pick in picks])
@@ -196,7 +213,7 @@ def prepare_candidates(dataset, # with columns prompt_ids, completion_ids, rewar
                "no signal": int((~keep & (counts > 1)).sum())}
     only_pairs = bool((counts[keep] == 2).all())
     info = dict(prompts=int(keep.sum()), candidates=int(counts[keep].sum()), dropped=dropped,
-                pooled_sigma=kinds["dataset"][0].item(),
+                merged=merged, pooled_sigma=kinds["dataset"][0].item(),
                 values_lost=only_pairs and torch.allclose(sigma[keep], kinds["candidates"][keep]))
     rows = dataset.select_columns([c for c in KEPT if c in dataset.column_names])
     rows = rows.add_column("sigma", sigma.tolist()).add_column("picked", picks)
@@ -210,6 +227,10 @@ def report_rows(info:dict, part:str, args)->None:
         raise InputError(f"No prompt of the {part} candidates has two completions with different "
                          f"rewards (dropped: {dropped}). Sample more, or check the reward.")
     if dropped: log.info("%s: %d prompts, dropped %s", part, info["prompts"], dropped)
+    if info["merged"]:
+        log.warning("%s: %d candidates have the same tokens as another of their prompt, and other "
+                    "rewards (a cut may have made them equal); each gets the mean", part,
+                    info["merged"])
     if info.pop("values_lost") and args.gamma:
         log.warning(TWO_CANDIDATES)
 

@@ -10,16 +10,21 @@ __all__ = ['load_rows', 'split_dialogue', 'load_pairs', 'load_demonstrations', '
            'pairs_to_candidates']
 
 # %% ../nbs/foundations/04_data.ipynb #c1c65889
-import gzip, json, logging, math, re, zlib
+import bz2, csv, gzip, io, json, logging, lzma, math, re, zlib
 from collections import Counter
-from itertools import combinations
+from contextlib import contextmanager
+from functools import cached_property, partial
+from itertools import combinations, islice
 from pathlib import Path
 
 import pyarrow as pa
-from datasets import Dataset, load_dataset, load_from_disk
+import pyarrow.parquet
+from datasets import Dataset, Features, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from pyarrow import feather
 
 from .artifacts import InputError, atomic_dir, did_you_mean
+from .layouts import find_layout, nearest_layout, shape
 from .shards import refuse_altered
 
 # %% ../nbs/foundations/04_data.ipynb #685c54c6
@@ -60,10 +65,12 @@ def _show(value):
     return text if len(text) <= 40 else text[:37] + "..."
 
 # %% ../nbs/foundations/04_data.ipynb #0b562c60
-def _missing(where, column, columns):
+def _missing(where, column, columns, shapes=()):
     "The error for a missing column."
-    return InputError(f"{where}: no column '{column}'. {did_you_mean(column, columns)} "
-                      "Rename or add the column.")
+    hint = did_you_mean(column, columns)
+    if not hint.startswith("Valid"): hint += f" The columns are {', '.join(list(columns)[:12])}."
+    return InputError(f"{where}: no column '{column}'. {hint} Rename or add the column. "
+                      + nearest_layout(dict(shapes)))
 
 def _check_row(row, where, need):
     "The row, its numbers as floats; `InputError` if a needed column is missing or wrong."
@@ -77,19 +84,37 @@ def _check_row(row, where, need):
     return row
 
 # %% ../nbs/foundations/04_data.ipynb #fcfcce13
+_PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open,
+           b"\x28\xb5\x2f\xfd": lambda path: io.BufferedReader(
+               pa.input_stream(str(path), compression="zstd"))}
+_OTHERS = {b"PAR1": "a Parquet file. Name it .parquet", b"ARROW1": "a Feather file. Name it "
+           ".feather", b"PK\x03\x04": "a ZIP archive. Unpack it",
+           b"version https://git-lfs": "a pointer of Git LFS, not the data. Run `git lfs pull`"}
+
+def _open(path):
+    "The bytes of a text file; its first bytes say whether it is compressed, and how."
+    with open(path, "rb") as f: head = f.read(24)
+    for magic, what in _OTHERS.items():
+        if head.startswith(magic): raise InputError(f"{path} is {what}.")
+    named = gzip.open if str(path).endswith(".gz") and head else open
+    opened = next((way for magic, way in _PACKED.items() if head.startswith(magic)), named)
+    return open(path, "rb") if opened is open else opened(path)
+
 def _lines(path):
-    "Yield (place, line) of a text file, gzipped or not, decoded strictly as UTF-8."
+    "Yield (place, line) of a text file, compressed or not, decoded strictly as UTF-8."
     number = 0
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
+        with _open(path) as f:
             for number, raw in enumerate(f, 1):
                 yield f"{path}:{number}", raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as e:
         byte, position = e.object[e.start], e.start + 1
         raise InputError(f"{path}:{number}: byte 0x{byte:02x} at position {position} is not UTF-8. "
                          "Save the file as UTF-8.") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise InputError(f"{path}: broken gzip after line {number} ({e}). "
+    except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, OSError) as e:
+        if getattr(e, "errno", None): raise
+        kind = "gzip" if not isinstance(e, OSError) or "gzip" in str(e).lower() else "compression"
+        raise InputError(f"{path}: broken {kind} after line {number} ({e}). "
                          "Download or compress the file again.") from None
 
 # %% ../nbs/foundations/04_data.ipynb #eadd55ed
@@ -116,9 +141,13 @@ def _parse(line, where):
     return row
 
 # %% ../nbs/foundations/04_data.ipynb #1ff5c459
+_KINDS = ("jsonl", "parquet", "arrow", "feather", "csv", "tsv", "txt", "json")
+_ENDINGS = ", ".join(f".{kind}" for kind in _KINDS)
+_BINARY = ("parquet", "arrow", "feather")
+
 def _kind(path):
-    "'jsonl', 'json', 'parquet', 'txt', or None for any other file."
-    match = re.search(r"\.(jsonl|json|parquet|txt)(\.gz)?$", str(path))
+    "'jsonl', 'json', 'csv', 'parquet', …, or None for any other file."
+    match = re.search(rf"\.({'|'.join(_KINDS)})(\.(gz|zst|bz2|xz))?$", str(path))
     return match and match[1]
 
 # %% ../nbs/foundations/04_data.ipynb #57f508e1
@@ -148,10 +177,142 @@ def _text_rows(path, size=1 << 20):
             lines, length = [], 0
     if length: yield where, {"text": "".join(lines)}
 
+# %% ../nbs/foundations/04_data.ipynb #a839f3c3
+_TEXT_COLUMNS = {c for c, kind in COLUMN_TYPES.items() if kind is str} - {"label"} | {
+    "response", "answer", "output", "instruction", "question", "input", "system", "history",
+    "response_0", "response_1", "response_j", "response_k", "human_ref_A", "human_ref_B"}
+_WORDS = {"True": "true", "False": "false", "nan": "NaN", "NaN": "NaN", "inf": "Infinity"}
+
+def _cell(text:str):
+    "What a cell of a table holds, if it is not text; `ValueError` if it is."
+    if not text: return None
+    value = json.loads(_WORDS.get(text, text))
+    if isinstance(value, str): raise ValueError
+    return value
+
+def _typed(column:str, cells:list)->list:
+    "The cells of a column, all of them text or none."
+    if column in _TEXT_COLUMNS: return cells
+    try: return list(map(_cell, cells))
+    except (ValueError, RecursionError): return cells
+
+def _table_rows(path):
+    "Yield (place, row) of a .csv or .tsv file; the first line names the columns."
+    csv.field_size_limit(1 << 30)
+    reader = csv.reader((line for _, line in _lines(path)),
+                        delimiter="\t" if _kind(path) == "tsv" else ",", strict=True)
+    try: lines = [(f"{path}:{reader.line_num}", cells) for cells in reader if cells]
+    except csv.Error as e:
+        raise InputError(f"{path}:{reader.line_num}: not a table ({e}). Fix the line.") from None
+    if not lines: return
+    names = lines[0][1]
+    if len(set(names)) < len(names) or not all(names):
+        raise InputError(f"{lines[0][0]}: the first line must name each column once.")
+    for where, cells in lines[1:]:
+        if len(cells) != len(names):
+            raise InputError(f"{where}: {len(cells)} cells for {len(names)} columns. Put a text "
+                             "with separators or line ends in quotes.")
+    columns = [_typed(name, cells) for name, cells in zip(names, zip(*(c for _, c in lines[1:])))]
+    for (where, _), cells in zip(lines[1:], zip(*columns)): yield where, dict(zip(names, cells))
+
+_READERS = {"txt": _text_rows, "csv": _table_rows, "tsv": _table_rows}
+
 def _file_rows(paths):
     "Yield (place, row) of all files in turn."
-    for path in paths:
-        yield from (_text_rows if _kind(path) == "txt" else _json_rows)(path)
+    for path in paths: yield from _READERS.get(_kind(path), _json_rows)(path)
+
+# %% ../nbs/foundations/04_data.ipynb #5588c1c2
+IN_MEMORY = 32 << 20  # bytes on disk; larger sources go through a memory-mapped Arrow cache
+_UNFIT = (pa.ArrowException, TypeError, OverflowError, ValueError)
+
+def _joined(one, other): # Arrow types, or the errors that say why there is none
+    "The type that has room for both."
+    if one is None or isinstance(other, Exception): return other
+    if isinstance(one, Exception): return one
+    both = [pa.schema([("", kind)]) for kind in (one, other)]
+    try: return pa.unify_schemas(both, promote_options="permissive").field(0).type
+    except _UNFIT as e: return e
+
+def _type_of(values):
+    "The Arrow type of a list of values."
+    try: return pa.array(values).type
+    except _UNFIT as e: return e
+
+def column_types(rows, size=1000)->dict: # column → Arrow type, or an error where none fits
+    "The type of each column that any row has; rows are read in batches."
+    rows, types = iter(rows), {}
+    while batch := list(islice(rows, size)):
+        for column in dict.fromkeys(c for row in batch for c in row):
+            kind = _type_of([row.get(column) for row in batch])
+            types[column] = _joined(types.get(column), kind)
+    return types
+
+# %% ../nbs/foundations/04_data.ipynb #1ab48c50
+class _Rows:
+    "Rows that are read one by one: `make()` yields (place, row)."
+    def __init__(self, make, size, stamp=(), paths=()):
+        self.make, self.size, self.stamp, self.paths = make, size, stamp, paths
+        self._kept = None
+
+    @classmethod
+    def of(cls, paths):
+        "The rows of files. A changed file must not be served from the cache of the old one."
+        stats = [Path(p).stat() for p in paths]
+        stamp = tuple((str(p), s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats))
+        make = partial(_file_rows, tuple(map(str, paths)))
+        return cls(make, sum(s.st_size for s in stats), stamp, tuple(paths))
+
+    @property
+    def small(self): return self.size <= IN_MEMORY
+
+    @property
+    def again(self): return self.__iter__ if self.small else self.make
+
+    def __iter__(self):
+        if not self.small: return iter(self.make())
+        if self._kept is None: self._kept = list(self.make())
+        return ((where, dict(row)) for where, row in self._kept)
+
+    @cached_property
+    def types(self): return column_types(row for _, row in self)
+
+# %% ../nbs/foundations/04_data.ipynb #7e8ab91b
+def _checked_rows(make, need, columns, check, stamp=None):
+    "Rows, checked one by one, with these columns."
+    for where, row in make():
+        for column in need:
+            if column not in row and column in columns: raise _lacking(where, column, row)
+        row = check(row, where, need)
+        yield {column: row.get(column) for column in columns}
+
+def _lacking(where, column, row):
+    return InputError(f"{where}: no '{column}', which other rows have. {did_you_mean(column, row)} "
+                      f"Add the column to this row, or remove it from all.")
+
+_FLOATS = {column: pa.float64() if kind is float else pa.list_(pa.float64())
+           for column, kind in COLUMN_TYPES.items() if kind in (float, [float])}
+
+def _as_dataset(name, rows, need, columns, check):
+    "A `Dataset` of checked rows: in memory when small, memory-mapped when large."
+    settings = dict(need=tuple(need), columns=tuple(columns), check=check)
+    types = {c: _FLOATS.get(c if c in need else "", rows.types[c]) for c in columns}
+    unfit = next((kind for kind in types.values() if isinstance(kind, Exception)), None)
+    try:
+        # The check may name the row of a type that does not fit.
+        made = list(_checked_rows(rows.again, **settings)) if rows.small or unfit else None
+        if unfit: raise unfit
+        features = Features.from_arrow_schema(pa.schema(list(types.items())))
+        if rows.small: return Dataset.from_list(made, features=features)
+        with _cached(name):
+            return Dataset.from_generator(_checked_rows, features=features, gen_kwargs=dict(
+                make=rows.make, stamp=rows.stamp, **settings))
+    except InputError: raise
+    except DatasetGenerationError as e:
+        if isinstance(e.__cause__, InputError): raise e.__cause__ from None
+        raise InputError(f"{name}: {e.__cause__ or e}. Give every column one type.") from e
+    except _UNFIT as e:
+        raise InputError(f"{name}: a column changes its type between rows ({e}). "
+                         "Give every column one type.") from e
 
 # %% ../nbs/foundations/04_data.ipynb #16bdd17b
 def _unbroken(paths):
@@ -167,26 +328,75 @@ def _unbroken(paths):
     return paths
 
 # %% ../nbs/foundations/04_data.ipynb #b7938ca2
-_SPLITS = ("train", "test", "validation", "valid", "dev")
+def _hub_files(folder)->tuple: # ({config: {split: files}}, the default config or None)
+    "The files of a folder, as `datasets.load_dataset` would assign them."
+    from datasets import DownloadConfig
+    from datasets.load import LocalDatasetModuleFactory
+    cards = logging.getLogger("huggingface_hub.repocard") # warns of a README without metadata
+    cards.disabled, before = True, cards.disabled
+    try: found = LocalDatasetModuleFactory(str(folder)).get_module().builder_configs_parameters
+    except FileNotFoundError: return {}, None
+    except Exception as e: # metadata that cannot be read, in many ways
+        raise InputError(f"{folder}: its splits cannot be found ({type(e).__name__}: {e}). Fix "
+                         "the configs in README.md, or name a file.") from None
+    finally: cards.disabled = before
+    configs = {}
+    for one in found.builder_configs:
+        try: one._resolve_data_files(folder.resolve().as_posix(), DownloadConfig())
+        except FileNotFoundError: continue # a config whose files are not here
+        configs[one.name] = {str(split): sorted({Path(f) for f in files if _kind(f)})
+                             for split, files in (one.data_files or {}).items()}
+    return configs, found.default_config_name
+
+def _by_split(folder, configs, default, wanted)->list:
+    "The files of `split`, `config/split`, or of the only split that there is."
+    names = {f"{config}/{split}": files for config, splits in configs.items()
+             for split, files in splits.items() if files}
+    if default and "/" not in wanted and wanted not in configs:
+        names = {k: v for k, v in names.items() if k.startswith(f"{default}/")} or names
+    if len({name.partition("/")[0] for name in names}) == 1 and "/" not in wanted:
+        names = {k.partition("/")[2]: v for k, v in names.items()}
+    fits = {k for k in names if wanted in (k, *k.split("/"), "")}
+    if len(fits) == 1: return names[fits.pop()]
+    listed = ", ".join(names)
+    if not names or wanted and not fits:
+        raise InputError(f"{folder} has no split '{wanted}'. It has {listed}.")
+    raise InputError(f"{folder} contains several splits ({listed}). "
+                     f"Choose one: '{folder}#{min(fits)}'.")
+
+# %% ../nbs/foundations/04_data.ipynb #222845d8
+def _beside(folder, split)->list:
+    "The data files of a folder (or of its `data/`) whose names begin with the split's."
+    inside = folder/"data" if (folder/"data").is_dir() else folder
+    return sorted(p for p in inside.iterdir() if _kind(p) and not p.name.startswith(".")
+                  and (not split or re.match(rf"{re.escape(split)}(?![A-Za-z_])", p.name)))
 
 def _folder_files(folder, split):
-    "The data files of a folder (or of its `data/`): JSONL, or else Parquet, text, JSON."
-    inside = folder/"data" if (folder/"data").is_dir() else folder
-    files = sorted(p for p in inside.iterdir()
-                   if _kind(p) and p.name.startswith(split) and not p.name.startswith("."))
-    by_kind = [[p for p in files if _kind(p) == k] for k in ("jsonl", "parquet", "txt", "json")]
+    "The data files of one split of a folder: JSONL, or else Parquet, Arrow, tables, text, JSON."
+    files = _beside(folder, split)
+    parts = [p for p in files if p.name.startswith("part-")] # of one of our stages
+    configs, default = ({}, None) if parts else _hub_files(folder)
+    found = any(files for splits in configs.values() for files in splits.values())
+    if found and not (split and files): files = _by_split(folder, configs, default, split)
+    by_kind = [[p for p in files if _kind(p) == k] for k in _KINDS]
     files = next(filter(None, by_kind), None)
-    if not files:
-        named = f" named '{split}...'" if split else ""
-        raise InputError(f"{folder}: no .jsonl, .parquet, .txt or .json file{named}. "
-                         "Give another folder.")
-    splits = {s for s in _SPLITS for p in files if re.match(rf"{s}\b", p.name)}
-    if len(splits) > 1:
-        raise InputError(f"{folder} contains several splits ({', '.join(sorted(splits))}). "
-                         f"Choose one: '{folder}#{min(splits)}'.")
-    return _unbroken(files)
+    if files: return _unbroken(files)
+    named = f" named '{split}...'" if split else ""
+    raise InputError(f"{folder}: no {_ENDINGS} file{named}. Give another folder.")
 
 # %% ../nbs/foundations/04_data.ipynb #2abed98a
+@contextmanager
+def _cached(name):
+    "Errors of reading through the cache of `datasets`, in a sentence."
+    try: yield
+    except InputError: raise
+    except OSError as e:
+        if not e.errno or e.errno == 28: raise # a full disk has a message of its own
+        from datasets import config
+        raise InputError(f"{name} is read through a cache in {config.HF_DATASETS_CACHE}, which "
+                         f"cannot be written ({e.strerror}: {e.filename}). Set HF_DATASETS_CACHE "
+                         "to a folder that can be.") from None
+
 def _from_hub(name, split):
     "A dataset on the Hub, named `owner/name[/folder][:config]`."
     if _kind(name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)*(:[\w.-]+)?", name):
@@ -195,10 +405,13 @@ def _from_hub(name, split):
         hint = did_you_mean(Path(name).name, beside) if beside else "Correct the path."
         raise InputError(f"{name} does not exist. {hint}")
     path, _, config = name.partition(":")
+    first, _, split = split.rpartition("/") # `name#config/split`, as for folders
     parts = path.split("/")
     try:
-        return load_dataset("/".join(parts[:2]), config or None, split=split or "train",
-                            data_dir="/".join(parts[2:]) or None)
+        with _cached(name):
+            return load_dataset("/".join(parts[:2]), config or first or None,
+                                split=split or "train", data_dir="/".join(parts[2:]) or None)
+    except InputError: raise
     except Exception as e:  # the Hub's client raises dozens of kinds
         reason = next(iter(str(e).splitlines()), "")
         raise InputError(f"'{name}' is not a file or folder here, and it could not be loaded from "
@@ -216,9 +429,32 @@ def _from_disk(folder, split):
     raise InputError(f"{folder} contains the splits {', '.join(found)}. "
                      f"Choose one: '{folder}#{next(iter(found))}'.")
 
+# %% ../nbs/foundations/04_data.ipynb #e4927365
+def _arrow_table(path):
+    "The table in an Arrow file (a stream or a file) or a Feather file, memory-mapped."
+    try: return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    except pa.ArrowInvalid: return feather.read_table(str(path), memory_map=True)
+
+def _tables(name, paths):
+    "The `Dataset` in Parquet, Arrow or Feather files."
+    try:
+        if _kind(paths[0]) != "parquet" or sum(p.stat().st_size for p in paths) <= IN_MEMORY:
+            read = pa.parquet.read_table if _kind(paths[0]) == "parquet" else _arrow_table
+            return Dataset(pa.concat_tables(map(read, paths), promote_options="permissive"))
+        schema = pa.unify_schemas([pa.parquet.read_schema(p) for p in paths],
+                                  promote_options="permissive")
+        with _cached(name):
+            return load_dataset("parquet", data_files=list(map(str, paths)), split="train",
+                                features=Features.from_arrow_schema(schema))
+    except InputError: raise
+    except (DatasetGenerationError, pa.ArrowException, OSError, ValueError, TypeError) as e:
+        kind = _kind(paths[0]).capitalize()
+        raise InputError(f"{name}: the {kind} file cannot be read ({e.__cause__ or e}). "
+                         "Download or write it again.") from None
+
 # %% ../nbs/foundations/04_data.ipynb #262c1a9d
 def _locate(source):
-    "(name for messages, `Dataset` or list of files) of whatever `source` names."
+    "(name for messages, `Dataset` or `_Rows`) of whatever `source` names."
     if isinstance(source, Dataset): return "the dataset", source
     name, _, split = str(source).partition("#")
     if Path(str(source)).expanduser().exists(): name, split = str(source), ""
@@ -227,60 +463,41 @@ def _locate(source):
     if path.is_dir() and any((path/f).exists() for f in ("state.json", "dataset_dict.json")):
         return name, _from_disk(path, split)
     if path.is_file() and not _kind(path):
-        raise InputError(f"{path}: unknown kind of file. "
-                         "Use .jsonl, .json or .txt (gzipped or not), or .parquet.")
+        raise InputError(f"{path}: unknown kind of file. Use {_ENDINGS}; all but Parquet, Arrow "
+                         "and Feather may be compressed (.gz, .zst, .bz2, .xz).")
     files = _folder_files(path, split) if path.is_dir() else [path]
-    if _kind(files[0]) != "parquet": return name, files
-    try: return name, load_dataset("parquet", data_files=list(map(str, files)), split="train")
-    except (DatasetGenerationError, pa.ArrowException, OSError, ValueError) as e:
-        raise InputError(f"{name}: the Parquet file cannot be read ({e.__cause__ or e}). "
-                         "Download or write it again.") from None
+    return name, _tables(name, files) if _kind(files[0]) in _BINARY else _Rows.of(files)
 
 def _columns(place):
-    "(place of the first row, its columns)."
+    "(place of the first row, {column: what is in it})."
     name, found = place
-    if isinstance(found, Dataset): where, columns, empty = name, found.column_names, not len(found)
+    if isinstance(found, Dataset):
+        kinds = {field.name: shape(field.type) for field in found.features.arrow_schema}
+        where, empty = name, not len(found)
     else:
-        where, row = next(_file_rows(found), (name, None))
-        columns, empty = list(row or ()), row is None
+        where = next((where for where, _ in found), None)
+        kinds, empty = {c: _shape(kind) for c, kind in found.types.items()}, where is None
     if empty: raise InputError(f"{name}: no rows. Give a source with at least one.")
-    return where, columns
+    return where, kinds
 
-# %% ../nbs/foundations/04_data.ipynb #5588c1c2
-IN_MEMORY = 32 << 20  # bytes on disk; larger sources go through a memory-mapped Arrow cache
-
-def _checked_rows(paths, need, only, check, stamp=None):
-    "The rows of JSON and text files, checked one by one."
-    for where, row in _file_rows(paths):
-        row = check(row, where, need)
-        yield {column: row[column] for column in need} if only else row
-
-def _read_files(paths, **settings):
-    "A `Dataset` of checked rows: in memory when small, memory-mapped when large."
-    settings["paths"] = tuple(map(str, paths))
-    stats = [Path(p).stat() for p in paths]
-    try:
-        if sum(s.st_size for s in stats) <= IN_MEMORY:
-            return Dataset.from_list(list(_checked_rows(**settings)))
-        # A file that has changed must not be served from the cache of the old one.
-        settings["stamp"] = tuple((s.st_size, s.st_mtime_ns) for s in stats)
-        return Dataset.from_generator(_checked_rows, gen_kwargs=settings)
-    except DatasetGenerationError as e:
-        if isinstance(e.__cause__, InputError): raise e.__cause__ from None
-        raise InputError(f"{paths[0]}: {e.__cause__ or e}. Give every column one type.") from e
-    except (pa.ArrowException, TypeError, OverflowError) as e:
-        raise InputError(f"{paths[0]}: a column changes its type between rows ({e}). "
-                         "Give every column one type.") from e
+def _shape(kind)->str: return "mixed" if isinstance(kind, Exception) else shape(kind)
 
 # %% ../nbs/foundations/04_data.ipynb #c3b4fd5d
+def _filled(place)->list:
+    "The columns that any row has a value for."
+    kinds, found = _columns(place)[1], place[1]
+    if isinstance(found, Dataset):
+        return [c for c in kinds if any(value is not None for value in found[c])]
+    return [c for c, kind in kinds.items() if kind != "null"]
+
 def _read(place, need, only=False, check=_check_row):
     "The checked rows of a place; with `only`, just the needed columns."
     name, found = place
-    where, columns = _columns(place)
-    if not isinstance(found, Dataset):
-        return _read_files(found, need=tuple(need), only=only, check=check)
+    where, kinds = _columns(place)
     for column in need:
-        if column not in columns: raise _missing(where, column, columns)
+        if column not in kinds: raise _missing(where, column, kinds, kinds)
+    columns = need if only else list(kinds)
+    if not isinstance(found, Dataset): return _as_dataset(name, found, need, columns, check)
     needed = found.select_columns(list(need))
     if need:
         for i, row in enumerate(needed): check(row, f"{name}, row {i}", need)
@@ -289,13 +506,61 @@ def _read(place, need, only=False, check=_check_row):
 # %% ../nbs/foundations/04_data.ipynb #f3be26f0
 def load_rows(source, # file, folder, Hub name (with `#split` if it has several), or `Dataset`
               need:tuple=(), # columns that must exist and have the right type
-             )->Dataset: # with the columns of the first row
-    """Read rows from .jsonl, .json or .txt files (gzipped or not), Parquet, a folder of them, a
-    `save_to_disk` folder, or the Hub (`owner/name[/folder][:config]`).
+             )->Dataset: # with the columns that any row has
+    """Read rows as they are from .jsonl, .json, .csv, .tsv or .txt files (compressed or not),
+    Parquet, Arrow, Feather, a folder of them, a `save_to_disk` folder, a local copy of a Hub
+    repository, or the Hub (`owner/name[/folder][:config]`).
 
     Raises `InputError` with file and line for broken JSON, a byte that is not UTF-8, a missing
     column (naming the closest there is), a value of the wrong type, no rows, or a missing shard."""
     return _read(_locate(source), need)
+
+# %% ../nbs/foundations/04_data.ipynb #1405034d
+_counting = []  # the counters of `counting_dropped` calls under way
+
+@contextmanager
+def counting_dropped():
+    "A counter of the rows that loaders drop meanwhile, by reason."
+    counts = Counter()
+    _counting.append(counts)
+    try: yield counts
+    finally: _counting.remove(counts)
+
+def _note_dropped(name, counts, total):
+    "Count dropped rows, and say so in the log; `InputError` if none is left."
+    reasons = ", ".join(f"{reason}: {n}" for reason, n in counts.most_common())
+    if total == sum(counts.values()):
+        raise InputError(f"{name}: no usable row ({reasons}). Check the file.")
+    if counts:
+        log.warning("%s: %d of %d rows dropped (%s)", name, sum(counts.values()), total, reasons)
+        for counter in _counting: counter.update(counts)
+
+# %% ../nbs/foundations/04_data.ipynb #66388eda
+def _dataset_rows(name, dataset):
+    "Yield (place, row) of a `Dataset`."
+    for i, row in enumerate(dataset): yield f"{name}, row {i}", row
+
+def _usable_rows(make, adapt):
+    "Yield what the adapter makes of rows, without the sentences about rows it cannot use."
+    return ((where, row) for where, row in adapt(make()) if not isinstance(row, str))
+
+def _adapted(place, kind):
+    "The place, read as `kind` through the adapter of its layout, if it has one."
+    name, found = place
+    layout = find_layout(_columns(place)[1])
+    if layout is None or kind == "demonstrations" and _demonstrates(place, layout): return place
+    adapt = layout.makes.get(kind) or next(iter(layout.makes.values()))
+    if isinstance(found, Dataset):
+        found = _Rows(partial(_dataset_rows, name, found), found.data.nbytes, found._fingerprint)
+    verdicts = [row if isinstance(row, str) else "" for _, row in adapt(iter(found))]
+    _note_dropped(name, Counter(filter(None, verdicts)), len(verdicts))
+    return name, _Rows(partial(_usable_rows, found.again, adapt), found.size, found.stamp)
+
+def _demonstrates(place, layout)->bool:
+    "Are the rows demonstrations as they are, which the layout would only regroup?"
+    kinds = _columns(place)[1]
+    return "demonstrations" not in layout.makes and any(
+        all(kinds.get(c) == "text" for c in need) for need in DEMONSTRATION_FORMATS)
 
 # %% ../nbs/foundations/04_data.ipynb #2f7d1667
 ASSISTANT, HUMAN = "\n\nAssistant:", "\n\nHuman:"
@@ -320,13 +585,8 @@ def split_dialogue(chosen:str, # whole dialogue that ends in the preferred answe
 def _usable(rows, name):
     "The rows whose `dropped` is empty; the log counts the others."
     counts = Counter(reason for reason in rows["dropped"] if reason)
-    reasons = ", ".join(f"{reason}: {n}" for reason, n in counts.most_common())
-    if len(rows) == sum(counts.values()):
-        raise InputError(f"{name}: no usable row ({reasons}). Check the file.")
-    if counts:
-        dropped = sum(counts.values())
-        log.warning("%s: %d of %d rows dropped (%s)", name, dropped, len(rows), reasons)
-        rows = rows.filter(lambda reason: not reason, input_columns="dropped")
+    _note_dropped(name, counts, len(rows))
+    if counts: rows = rows.filter(lambda reason: not reason, input_columns="dropped")
     return rows.remove_columns("dropped")
 
 def _pair(row):
@@ -340,21 +600,28 @@ def _pair(row):
     return row | dict(prompt=prompt, chosen=chosen, rejected=rejected, dropped=dropped)
 
 # %% ../nbs/foundations/04_data.ipynb #acea98c2
-def _pairs(place):
-    "`load_pairs` of a place that `_locate` found."
-    columns = _columns(place)[1]
-    need = [c for c in ("prompt", "chosen", "rejected", "margin")
+def _are_lists(place):
+    "Are these n-best lists with rewards?"
+    kinds = _columns(place)[1]
+    return {"completions", "rewards"} <= set(kinds) and "chosen" not in kinds
+
+def _pairs(place, margin=True):
+    "The pairs of a place that `_adapted` gave; without the margin, rows may lack it."
+    if _are_lists(place): return candidates_to_pairs(_candidates(place))
+    columns = _filled(place)
+    need = [c for c in ("prompt", "chosen", "rejected", *["margin"] * margin)
             if c in columns or c in ("chosen", "rejected")]
     rows = _usable(_read(place, need, only=True).map(_pair), place[0])
     return rows.select_columns(list(dict.fromkeys(["prompt", *need])))
 
 def load_pairs(source, # see `load_rows`
               )->Dataset: # prompt, chosen, rejected, and margin where the source has it
-    """Read preference pairs: `prompt`, `chosen`, `rejected`, or HH's columns on the Hub (`chosen`
-    and `rejected` as whole dialogues).
+    """Read preference pairs: `prompt`, `chosen`, `rejected`, HH's columns on the Hub (`chosen` and
+    `rejected` as whole dialogues), the layout of a public dataset, or n-best lists with rewards
+    (every pair of candidates that differ).
 
     Rows without a preference are dropped, and the log counts them by reason."""
-    return _pairs(_locate(source))
+    return _pairs(_adapted(_locate(source), "pairs"))
 
 # %% ../nbs/foundations/04_data.ipynb #a6181fa7
 TLDR = "\n\nTL;DR:"
@@ -383,45 +650,56 @@ def _choose(place, formats):
     where, columns = _columns(place)
     absent = {need: [c for c in need if c not in columns] for need in formats}
     best = min(absent, key=lambda need: len(absent[need]))
-    if absent[best]: raise _missing(where, absent[best][0], columns)
+    if absent[best]: raise _missing(where, absent[best][0], columns, columns)
     return best
 
 def _are_pairs(place): return {"chosen", "rejected"} <= set(_columns(place)[1])
 
 # %% ../nbs/foundations/04_data.ipynb #9f500377
+def _best(row):
+    "The answer with the highest reward, as a demonstration."
+    best = max(range(len(row["rewards"])), key=row["rewards"].__getitem__)
+    return _demonstration(row["prompt"], row["completions"][best])
+
 def _demonstrations(place):
-    "`load_demonstrations` of a place that `_locate` found."
+    "The demonstrations of a place that `_adapted` gave."
     if _are_pairs(place):
-        rows = _pairs(place).select_columns(["prompt", "chosen"])
+        rows = _pairs(place, margin=False).select_columns(["prompt", "chosen"])
         return rows.rename_column("chosen", "completion")
-    need = _choose(place, DEMONSTRATION_FORMATS)
-    rows = _read(place, need, only=True)
-    rows = rows.map(DEMONSTRATION_FORMATS[need], remove_columns=rows.column_names)
-    return _usable(rows, place[0])
+    if _are_lists(place): rows, make = _candidates(place), _best
+    else:
+        need = _choose(place, DEMONSTRATION_FORMATS)
+        rows, make = _read(place, need, only=True), DEMONSTRATION_FORMATS[need]
+    return _usable(rows.map(make, remove_columns=rows.column_names), place[0])
 
 def load_demonstrations(source, # see `load_rows`
                        )->Dataset: # prompt, completion
     """Read demonstrations: `prompt` and `completion` (or `label`), pairs (the chosen answer),
-    TL;DR's `post` and `summary`, or CNN/DailyMail's `article` and `highlights`."""
-    return _demonstrations(_locate(source))
+    TL;DR's `post` and `summary`, CNN/DailyMail's `article` and `highlights`, the layout of a
+    public dataset, or n-best lists with rewards (the best answer)."""
+    return _demonstrations(_adapted(_locate(source), "demonstrations"))
 
 # %% ../nbs/foundations/04_data.ipynb #eaebf539
 def load_prompts(source, # see `load_rows`
                 )->Dataset: # prompt
     "Read distinct prompts, in the order of first appearance, from any format that has them."
-    place = _locate(source)
-    if _are_pairs(place) and "prompt" not in _columns(place)[1]: prompts = _pairs(place)["prompt"]
+    place = _adapted(_locate(source), "prompts")
+    if _are_pairs(place) and "prompt" not in _columns(place)[1]:
+        prompts = _pairs(place, False)["prompt"]
     else:
         need = _choose(place, PROMPT_FORMATS)
         prompts = map(PROMPT_FORMATS[need], _read(place, need, only=True))
-    return Dataset.from_dict({"prompt": list(dict.fromkeys(prompts))})
+    distinct = {json.dumps(prompt): prompt for prompt in prompts} # a prompt may be a chat
+    return Dataset.from_dict({"prompt": list(distinct.values())})
 
 def load_texts(source, # see `load_rows`
               )->Dataset: # text
     "Read plain text: `text`, a .txt file (in rows of about 1 MB), or prompt + completion joined."
     place = _locate(source)
     if "text" in _columns(place)[1]: return _read(place, ("text",), only=True)
-    if not _are_pairs(place): _choose(place, {("text",): None, **DEMONSTRATION_FORMATS})
+    place = _adapted(place, "demonstrations")
+    if not (_are_pairs(place) or _are_lists(place)):
+        _choose(place, {("text",): None, **DEMONSTRATION_FORMATS})
     rows = _demonstrations(place)
     return rows.map(lambda row: {"text": row["prompt"] + row["completion"]},
                     remove_columns=rows.column_names)
@@ -431,7 +709,6 @@ PER_CANDIDATE = ("completion_ids", "finish_reasons", "sample_logps", "rewards", 
 
 def _check_candidates(row, where, need):
     "A candidate row with `completions`; `InputError` if its lists do not fit together."
-    if "responses" in row and "completions" not in row: row["completions"] = row.pop("responses")
     _check_row(row, where, need)
     n = len(row["completions"])
     if not n: raise InputError(f"{where}: no completions. Remove the row.")
@@ -450,21 +727,23 @@ def _check_candidates(row, where, need):
     return row
 
 # %% ../nbs/foundations/04_data.ipynb #e2d2bb24
+def _candidates(place, need=()):
+    "The candidate rows of a place that `_adapted` gave."
+    columns = _filled(place)
+    known = [c for c in (*PER_CANDIDATE, "prompt_ids", "reward_mean", "reward_std") if c in columns]
+    need = tuple(dict.fromkeys(("prompt", "completions", *known, *need)))
+    return _read(place, need, check=_check_candidates)
+
 def load_candidates(source, # see `load_rows`; also the output folder of `sample` or `score`
                     need:tuple=(), # beyond prompt and completions, e.g. ("rewards", "ref_logps")
                    )->Dataset: # one row per prompt: prompt, completions, the source's other columns
     """Read n-best lists: `prompt`, `completions` (or `responses`) and, if present, token ids,
-    rewards and reference log-probabilities. Rows may have different numbers of candidates.
+    `rewards` (or `scores`) and reference log-probabilities; or the layout of a public dataset.
+    Rows may have different numbers of candidates.
 
     `InputError` names the row and index of a reward that is not a finite number, and the row
     whose lists differ in length."""
-    name, found = place = _locate(source)
-    columns = _columns(place)[1]
-    if isinstance(found, Dataset) and "responses" in columns and "completions" not in columns:
-        place = name, found.rename_column("responses", "completions")
-    known = [c for c in (*PER_CANDIDATE, "prompt_ids", "reward_mean", "reward_std") if c in columns]
-    need = tuple(dict.fromkeys(("prompt", "completions", *known, *need)))
-    return _read(place, need, check=_check_candidates)
+    return _candidates(_adapted(_locate(source), "candidates"), need)
 
 # %% ../nbs/foundations/04_data.ipynb #6cbe1d9e
 EOS, PAD = "<|endoftext|>", "<|padding|>"
@@ -610,7 +889,7 @@ def candidate_parts(config, # of the score stage
                    )->tuple: # number of parts, part -> rows, counts of what was dropped
     "The candidates as parts of rows with token ids."
     found = _locate(config.candidates)[1] if Path(config.candidates).is_dir() else None
-    parts = found if isinstance(found, list) else []
+    parts = getattr(found, "paths", ())
     dataset, dropped = load_candidates(str(parts[0]) if parts else config.candidates), {}
     if tokenizer is not None:
         check_stored_ids(dataset, tokenizer, config.reference, config.candidates)

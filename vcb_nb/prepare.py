@@ -8,32 +8,46 @@ Docs: https://vcb-nb.github.io/vcb_nb/stages/prepare.html.md"""
 __all__ = ['PrepareConfig', 'prepare', 'TokenizerConfig', 'make_tokenizer']
 
 # %% ../nbs/stages/01_prepare.ipynb #5a232f7f
-import hashlib, inspect, logging, random, re
+import hashlib, inspect, json, logging, random, re
 from dataclasses import dataclass
 from pathlib import Path
 from .artifacts import InputError, atomic_dir, did_you_mean, write_jsonl
-from .data import (load_demonstrations, load_pairs, load_prompts, load_rows, load_texts,
-                         train_tokenizer)
-from .settings import REQUIRED, check_least, check_required, option
+from .data import (counting_dropped, load_demonstrations, load_pairs, load_prompts, load_rows,
+                         load_texts, train_tokenizer)
+from .settings import REQUIRED, check_choice, check_least, check_required, option
 from .world import make_world
 
 # %% ../nbs/stages/01_prepare.ipynb #271c5b44
 log = logging.getLogger(__name__)
 
 # %% ../nbs/stages/01_prepare.ipynb #a5960b51
-def opening(prompt:str)->str:
-    """The first 200 letters and digits of the first human turn, in lower case:
-    what near-duplicates share."""
-    first = prompt.split("\n\nAssistant:")[0].removeprefix("\n\nHuman:")
-    return re.sub(r"[\W_]+", "", first.lower())[:200]
+SPLIT_BY = ("opening", "prompt")
 
-def split_side(prompt:str, # any dialogue
+def opening(prompt, # a dialogue, or a list of messages
+            by:str="opening", # 'prompt': the whole of it, and not only what precedes an answer
+           )->str:
+    """The letters and digits of a dialogue before its first answer, in lower case:
+    what dialogues that grew from it share, however long it is."""
+    if isinstance(prompt, list): prompt = "\n\nAssistant:".join(
+        "".join(part) for part in _before_answers(prompt))
+    first = prompt.split("\n\nAssistant:")[0] if by == "opening" else prompt
+    return re.sub(r"[\W_]+", "", first.removeprefix("\n\nHuman:").lower())
+
+def _before_answers(messages:list)->list: # [[text, …], …]: what stands before each answer
+    parts = [[]]
+    for turn in messages:
+        if turn["role"] == "assistant": parts.append([])
+        parts[-1].append(str(turn["content"]))
+    return parts
+
+def split_side(prompt, # any dialogue
                test_share:float=.1, # share of openings kept for testing
                validation_share:float=.05, # share kept for validation
                seed:int=0, # another seed gives another split
+               by:str="opening", # what decides: the dialogue before its first answer, or all of it
               )->str: # 'train', 'validation' or 'test'
     "The side of the split that a prompt is on; prompts with the same opening are on the same side."
-    digest = hashlib.sha256(f"{seed}:{opening(prompt)}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}:{opening(prompt, by)}".encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
     if place < test_share: return "test"
     return "validation" if place < test_share + validation_share else "train"
@@ -69,6 +83,9 @@ class PrepareConfig:
     validation_share: float = option(.05, "Share of openings kept for validation.")
     max_prompts: int | None = option(None, "Largest number of prompts to sample from.")
     max_eval_prompts: int = option(200, "Largest number of prompts per evaluation split.")
+    split_by: str = option("opening",
+        "What stays on one side of the split: dialogues with the same 'opening' (all that precedes "
+        "the first answer), or only those with the same 'prompt'.")
     seed: int = option(0, "Seed of the split and of the choice of prompts.")
 
     def __post_init__(self):
@@ -76,6 +93,7 @@ class PrepareConfig:
             raise InputError("data: give either 'world' (the embedded world) or 'pairs' "
                              "(files of preference pairs), and not both.")
         check_world(self.world or {})
+        check_choice("split_by", self.split_by, SPLIT_BY)
         check_least(self, test_share=0, validation_share=0, max_prompts=1, max_eval_prompts=1)
         if self.test_share + self.validation_share >= 1:
             raise InputError(f"test_share {self.test_share} and validation_share "
@@ -85,19 +103,29 @@ class PrepareConfig:
 # %% ../nbs/stages/01_prepare.ipynb #682bf400
 def _read_all(load, sources, columns)->list:
     "Rows of several sources, reduced to the given columns."
-    return [{c: row[c] for c in columns if c in row} for source in sources for row in load(source)]
+    loaded = {source: load(source) for source in sources}
+    for column in columns: _refuse_some(column, loaded)
+    return [{c: row[c] for c in columns if c in row} for rows in loaded.values() for row in rows]
+
+def _refuse_some(column:str, loaded:dict)->None:
+    "A column that one source has and another lacks would depend on which row is read."
+    having = [source for source, rows in loaded.items() if column in rows.column_names]
+    lacking = next((source for source in loaded if source not in having), None)
+    if having and lacking:
+        raise InputError(f"data: {lacking} has no '{column}', which {having[0]} has. Give it to "
+                         "every source, or to none.")
 
 def _by_side(rows, config)->dict:
     "The rows of each side of the split."
     sides = {"train": [], "validation": [], "test": []}
     for row in rows:
         sides[split_side(row["prompt"], config.test_share, config.validation_share,
-                         config.seed)].append(row)
+                         config.seed, config.split_by)].append(row)
     return sides
 
 def _distinct_prompts(rows, limit, seed)->list:
     "Up to `limit` distinct prompts, chosen at random by the seed."
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    prompts = list({json.dumps(row["prompt"]): row["prompt"] for row in rows}.values())
     random.Random(seed).shuffle(prompts)
     return [{"prompt": p} for p in prompts[:limit]]
 
@@ -131,20 +159,29 @@ def prepare_texts(config:PrepareConfig, folder:Path)->None:
     write_jsonl(folder/"texts.jsonl", [*given, *dialogues])
 
 # %% ../nbs/stages/01_prepare.ipynb #448e4419
-def _refuse_empty(counts:dict)->None:
+def _refuse_empty(folder:Path, counts:dict)->None:
     "Every split but the out-of-distribution one must have rows."
     for name, rows in counts.items():
-        if not rows and name != "prompts_ood":
-            raise InputError(f"data: the split '{name}' came out empty. Give more pairs, "
-                             "or a larger test_share or validation_share.")
+        if rows or name == "prompts_ood": continue
+        prompts = [row["prompt"] for path in folder.glob("p*.jsonl") if counts[path.stem]
+                   for row in load_rows(str(path), ("prompt",))]
+        shared = len({opening(p) for p in prompts}) == 1 < len({opening(p, "prompt")
+                                                                for p in prompts})
+        remedy = ("All prompts have the same opening. Set split_by: prompt." if shared else
+                  "Give more pairs, or a larger test_share or validation_share.")
+        raise InputError(f"data: the split '{name}' came out empty. {remedy}")
 
 def left_out(config:PrepareConfig)->dict: # reason → rows
     "How many of the given rows are not a pair or not a demonstration."
     kinds = {"not a pair": (config.pairs, load_pairs),
              "no demonstration": (config.demonstrations, load_demonstrations)}
-    counts = {reason: sum(len(load_rows(s)) - len(load(s)) for s in sources)
-              for reason, (sources, load) in kinds.items()}
+    counts = {reason: _count_dropped(*given) for reason, given in kinds.items()}
     return {reason: n for reason, n in counts.items() if n}
+
+def _count_dropped(sources, load)->int:
+    with counting_dropped() as counts:
+        for source in sources: load(source)
+    return counts.total()
 
 # %% ../nbs/stages/01_prepare.ipynb #1944ba17
 def prepare(config:PrepareConfig)->dict: # rows of each file; with pairs, what was dropped
@@ -156,7 +193,7 @@ def prepare(config:PrepareConfig)->dict: # rows of each file; with pairs, what w
         prepare_texts(config, folder)
         counts = {p.stem: sum(1 for _ in p.open(encoding="utf-8"))
                   for p in sorted(folder.glob("*.jsonl"))}
-        _refuse_empty(counts)
+        _refuse_empty(folder, counts)
     log.info("prepared %s", ", ".join(f"{n} {name}" for name, n in counts.items()))
     dropped = left_out(config)
     return {**counts, "dropped": dropped} if dropped else counts

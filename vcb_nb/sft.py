@@ -20,7 +20,8 @@ from transformers import set_seed
 from .adapters import add_lora, check_lora
 from .artifacts import InputError
 from .batches import pad_rows
-from .data import encode_completion, encode_prompt, load_demonstrations, load_rows, load_texts
+from .data import (counting_dropped, encode_completion, encode_prompt, load_demonstrations,
+                         load_texts)
 from .loading import QuantizedLoading, load_policy, load_tokenizer
 from .models import check_architecture, new_policy
 from .settings import REQUIRED, check_choice, check_least, check_required, option
@@ -189,7 +190,8 @@ def _loss_tokens(rows)->int:
 def _dropped(config:SFTConfig)->int:
     "How many rows of the file are not a demonstration."
     if config.objective == "text": return 0
-    return len(load_rows(str(config.data))) - len(load_demonstrations(str(config.data)))
+    with counting_dropped() as dropped: load_demonstrations(str(config.data))
+    return dropped.total()
 
 def train_sft(config:SFTConfig)->dict: # train_loss, eval_loss (nats per token), tokens, …
     "Run the stage: write `output_dir/model` and `training_log.jsonl`. Resumes a killed run."
