@@ -14,6 +14,7 @@ from vcb_nb.chat import (chat_completion, chat_prompt_ids, chat_response_ids, ch
 from vcb_nb.data import (attach_ids, encode_prompt, load_candidates, load_demonstrations,
                          load_pairs, load_prompts, load_rows, load_texts,
                          train_tokenizer)
+from vcb_nb.evaluate import EvaluateConfig, evaluate
 from vcb_nb.judges import RewardJudge, reads_end_of_turn, reward_scores
 from vcb_nb.loading import load_reward_model, new_reward_model
 from vcb_nb.reward import RewardConfig, encode_pair, train_reward
@@ -273,6 +274,11 @@ def test_messages_go_through_every_stage(files, tmp_path):
     summary = calibrate(CalibrationConfig(str(tmp_path/"vcb"), model=policy, eval_share=.5,
                                           candidates=str(tmp_path/"scored"/"data"), **quiet))
     assert summary["steps"] == 1
+    measured = evaluate(EvaluateConfig(
+        policies={"vcb": str(tmp_path/"vcb"/"model")}, reference=policy, n=2, max_new_tokens=4,
+        prompts=str(files/"talks.jsonl"), candidates=str(tmp_path/"scored"/"data"), n_boot=20,
+        reward=f"{__name__}:length", output_dir=str(tmp_path/"evaluate")))
+    assert measured["policies"]["vcb"]["splits"]["test"]["prompts"] == 4
 
 
 def test_text_candidates_get_the_ids_of_their_conversation():

@@ -45,6 +45,18 @@ def encode_demonstration(tokenizer, prompt:str, completion:str,
     return dict(input_ids=prompt_ids + ids, prompt_length=len(prompt_ids),
                 length=len(prompt_ids) + len(ids), finished=finished)
 
+# %% ../nbs/stages/02_sft.ipynb #f91d9ee4
+def collate_rows(rows:list, # dicts with input_ids and prompt_length
+                 pad_id:int, # pads on the right; never decides what is masked
+                )->dict: # input_ids, attention_mask, labels [rows, longest], long
+    "Pad a batch on the right. Labels are -100 on prompt, padding, and a row's first token."
+    ids, mask = pad_rows([row["input_ids"] for row in rows], pad_id)
+    start = torch.tensor([max(1, row["prompt_length"]) for row in rows])
+    silent = (mask == 0) | (torch.arange(ids.shape[1]) < start[:, None])
+    if "loss_mask" in rows[0]: silent |= pad_rows([row["loss_mask"] for row in rows], 0)[0] == 0
+    return dict(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(silent, -100))
+
+# %% ../nbs/stages/02_sft.ipynb #c4a70f2d
 def encode_conversation(tokenizer, row:dict, # prompt and completion as messages, perhaps tools
                         max_prompt_length:int, max_length:int, # as for `encode_demonstration`
                         every_turn:bool=True, # False: loss on the last turn only
@@ -59,17 +71,6 @@ def encode_conversation(tokenizer, row:dict, # prompt and completion as messages
     return dict(input_ids=prompt + ids[:room], prompt_length=len(prompt),
                 length=len(prompt) + len(ids[:room]), finished=len(ids) <= room,
                 loss_mask=[0] * len(prompt) + mask[:room])
-
-# %% ../nbs/stages/02_sft.ipynb #f91d9ee4
-def collate_rows(rows:list, # dicts with input_ids and prompt_length
-                 pad_id:int, # pads on the right; never decides what is masked
-                )->dict: # input_ids, attention_mask, labels [rows, longest], long
-    "Pad a batch on the right. Labels are -100 on prompt, padding, and a row's first token."
-    ids, mask = pad_rows([row["input_ids"] for row in rows], pad_id)
-    start = torch.tensor([max(1, row["prompt_length"]) for row in rows])
-    silent = (mask == 0) | (torch.arange(ids.shape[1]) < start[:, None])
-    if "loss_mask" in rows[0]: silent |= pad_rows([row["loss_mask"] for row in rows], 0)[0] == 0
-    return dict(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(silent, -100))
 
 # %% ../nbs/stages/02_sft.ipynb #fc5ef21f
 def pack_texts(tokenizer, texts, # iterable of str
