@@ -9,7 +9,8 @@ MODULES = sorted(p.stem for p in (ROOT/"vcb_nb").glob("*.py") if not p.stem.star
 
 # Each layer may import the layers before it, and within a layer what stands before it.
 LAYERS = [["losses"], ["worlds"], ["plots"], ["figures", "explorables"], ["widgets"],
-          ["artifacts"], ["settings"], ["shards"], ["layouts"], ["data", "world"], ["tokenizers"],
+          ["artifacts"], ["settings"], ["chat"], ["shards"], ["layouts"], ["data", "world"],
+          ["tokenizers"],
           ["models"], ["adapters"], ["loading"], ["saving", "batches"],
           ["packing", "preflight"], ["prepare", "logprobs", "training", "measures"], ["judges"],
           ["sft", "reward", "sample", "calibrate"], ["score"], ["evaluate"], ["diagnosis"],

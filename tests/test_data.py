@@ -175,7 +175,7 @@ BAD_LINES = {
     "number": ('{"prompt": 3}', "must be a string"),
     "null": ('{"prompt": null}', "must be a string"),
     "surrogate": ('{"prompt": "\\ud83d"}', "surrogate"),
-    "chat": ('{"prompt": [{"role": "user", "content": "a"}]}', "chat template"),
+    "chat": ('{"prompt": [{"role": "user", "content": "a"}]}', "a list of messages"),
 }
 
 

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 
 from .artifacts import InputError
+from .tokenizers import embedding_rows
 
 # %% ../nbs/foundations/12_batches.ipynb #03dbca3c
 def unwrap(model): # PreTrainedModel
@@ -113,7 +114,7 @@ def check_vocabulary(model, prompt_ids:list, completion_ids:list, # as for `cand
                      name="Prompt {}".format, # prompt number -> how to name it
                     ):
     "Refuse token ids, of a prompt or its completions, that the model has no embedding for."
-    size = unwrap(model).get_input_embeddings().weight.shape[0]
+    size = embedding_rows(unwrap(model))
     for i, (prompt, completions) in enumerate(zip(prompt_ids, completion_ids)):
         for ids in filter(None, [prompt, *completions]):
             if 0 <= min(ids) and max(ids) < size: continue
@@ -121,7 +122,7 @@ def check_vocabulary(model, prompt_ids:list, completion_ids:list, # as for `cand
 
 def check_batch_ids(model, *ids:torch.Tensor):
     "Refuse tensors of token ids, of a batch laid out by hand, that hold one without an embedding."
-    size = unwrap(model).get_input_embeddings().weight.shape[0]
+    size = embedding_rows(unwrap(model))
     extremes = torch.stack(torch.cat([x.flatten() for x in ids]).aminmax()).tolist()
     token = next((x for x in extremes if not 0 <= x < size), None)
     if token is not None: raise _unknown_token("A batch", token, size)

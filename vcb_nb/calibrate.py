@@ -17,7 +17,7 @@ from transformers import set_seed
 from .adapters import check_lora, fresh_adapter
 from .artifacts import InputError
 from .batches import check_dataset
-from .data import attach_ids, check_stored_ids, load_candidates
+from .data import attach_ids, chat_candidates, check_stored_ids, load_candidates
 from .loading import (QuantizedLoading, at_revision, check_same_tokenizer, load_policy,
                             load_tokenizer)
 from .logprobs import WAYS, checked_logps, choose_way, lay_out
@@ -83,6 +83,8 @@ class CalibrationConfig(TrainingDefaults, QuantizedLoading):
                                          source=True)
     n_candidates: int | None = option(None,
         "Keep at most this many candidates per prompt, drawn by `seed`.")
+    apply_chat_template: bool = option(False,
+        "Make string prompts one turn of the user; for candidates stored as text only.")
     max_prompt_length: int | None = option(512, "Tokens; for candidates stored as text only.")
     max_completion_length: int | None = option(512, "Tokens; for candidates stored as text only.")
     eval_candidates: str | None = option(None, "Scored candidates of other prompts to evaluate on.",
@@ -242,6 +244,8 @@ def prepare_dataset(dataset, # scored candidates, with ids or texts
     check_columns(dataset, args.reference)
     counts, limits = {}, (args.max_prompt_length, args.max_completion_length)
     if not {"prompt_ids", "completion_ids"} <= set(dataset.column_names):
+        dataset = chat_candidates(dataset, args.apply_chat_template, f"The {part} candidates",
+                                  tokenizer)
         dataset, counts = attach_ids(dataset, tokenizer, *limits)
     if not len(dataset):
         raise InputError(f"The {part} candidates have no row with tokens: {counts}. Check the "

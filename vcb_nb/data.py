@@ -24,6 +24,9 @@ from datasets.exceptions import DatasetGenerationError
 from pyarrow import feather
 
 from .artifacts import InputError, atomic_dir, did_you_mean
+from .chat import (as_turns, chat_demonstration, chat_pair, chat_prompt_ids,
+                         chat_response_ids, check_chat, context, end_of_turn, first_answer,
+                         is_messages, message_fault, prompt_key, prompt_text, storable)
 from .layouts import find_layout, nearest_layout, shape
 from .shards import refuse_altered
 
@@ -31,10 +34,11 @@ from .shards import refuse_altered
 log = logging.getLogger(__name__)
 
 # %% ../nbs/foundations/04_data.ipynb #99e174ae
+TEXT, MESSAGES = "a string or messages", "messages"
 COLUMN_TYPES = {
-    **dict.fromkeys(("prompt", "completion", "chosen", "rejected", "text"), str),
-    **dict.fromkeys(("post", "summary", "article", "highlights", "label"), str),
-    **dict.fromkeys(("completions", "responses", "finish_reasons"), [str]),
+    **dict.fromkeys(("prompt", "completion", "chosen", "rejected"), TEXT), "messages": MESSAGES,
+    **dict.fromkeys(("text", "post", "summary", "article", "highlights", "label"), str),
+    **dict.fromkeys(("completions", "responses"), [TEXT]), "finish_reasons": [str],
     **dict.fromkeys(("rewards", "ref_logps", "sample_logps"), [float]),
     **dict.fromkeys(("margin", "reward_mean", "reward_std"), float),
     "prompt_ids": [int], "completion_ids": [[int]],
@@ -46,6 +50,8 @@ _TYPE_NAMES = {str: "a string", int: "a whole number", float: "a number"}
 
 def _fault(value, kind, name):
     "What is wrong with `value`, which should be a str, int, float or list of a kind; or None."
+    if kind == MESSAGES or (kind == TEXT and is_messages(value)): return message_fault(value, name)
+    kind = str if kind == TEXT else kind
     if isinstance(kind, list):
         if not isinstance(value, list): return f"{name} must be a list, not {_show(value)}"
         if kind == [int] and set(map(type, value)) <= {int}: return None  # token ids: millions
@@ -60,7 +66,7 @@ def _fault(value, kind, name):
 def _show(value):
     "A value as shown in an error message."
     if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
-        return "a list of chat messages (apply the tokenizer's chat template first)"
+        return "a list of chat messages"
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 40 else text[:37] + "..."
 
@@ -248,10 +254,19 @@ def column_types(rows, size=1000)->dict: # column → Arrow type, or an error wh
     return types
 
 # %% ../nbs/foundations/04_data.ipynb #1ab48c50
+def _for_arrow(column, value):
+    "A value that Arrow can keep, whatever the keys of tools and of their calls are."
+    if column == "tools" and isinstance(value, list): return storable(value)
+    return storable(value) if is_messages(value) and not message_fault(value, column) else value
+
+def _storable_rows(make):
+    for where, row in make(): yield where, {c: _for_arrow(c, value) for c, value in row.items()}
+
 class _Rows:
     "Rows that are read one by one: `make()` yields (place, row)."
     def __init__(self, make, size, stamp=(), paths=()):
-        self.make, self.size, self.stamp, self.paths = make, size, stamp, paths
+        self.make, self.size = partial(_storable_rows, make), size
+        self.stamp, self.paths = stamp, paths
         self._kept = None
 
     @classmethod
@@ -277,12 +292,22 @@ class _Rows:
     def types(self): return column_types(row for _, row in self)
 
 # %% ../nbs/foundations/04_data.ipynb #7e8ab91b
+def _check_form(row, where, forms):
+    "Raise `InputError` where a column has strings in one row and messages in another."
+    for column in (c for c, kind in COLUMN_TYPES.items() if kind == TEXT and row.get(c)):
+        form = "a list of messages" if isinstance(row[column], list) else "a string"
+        if forms.setdefault(column, form) != form:
+            raise InputError(f"{where}: {column} is {form}, and {forms[column]} in the first row. "
+                             "Give every row the same form.")
+
 def _checked_rows(make, need, columns, check, stamp=None):
     "Rows, checked one by one, with these columns."
+    forms = {}
     for where, row in make():
         for column in need:
             if column not in row and column in columns: raise _lacking(where, column, row)
         row = check(row, where, need)
+        _check_form(row, where, forms)
         yield {column: row.get(column) for column in columns}
 
 def _lacking(where, column, row):
@@ -560,7 +585,7 @@ def _demonstrates(place, layout)->bool:
     "Are the rows demonstrations as they are, which the layout would only regroup?"
     kinds = _columns(place)[1]
     return "demonstrations" not in layout.makes and any(
-        all(kinds.get(c) == "text" for c in need) for need in DEMONSTRATION_FORMATS)
+        all(kinds.get(c) in ("text", "chat") for c in need) for need in DEMONSTRATION_FORMATS)
 
 # %% ../nbs/foundations/04_data.ipynb #2f7d1667
 ASSISTANT, HUMAN = "\n\nAssistant:", "\n\nHuman:"
@@ -591,6 +616,8 @@ def _usable(rows, name):
 
 def _pair(row):
     "A preference pair; if it is unusable, `dropped` says why."
+    if any(is_messages(row.get(c)) for c in ("prompt", "chosen", "rejected")):
+        return row | chat_pair(row)
     prompt, chosen, rejected, dropped = row.get("prompt", ""), row["chosen"], row["rejected"], ""
     try:
         if "prompt" not in row: prompt, chosen, rejected = split_dialogue(chosen, rejected)
@@ -609,16 +636,16 @@ def _pairs(place, margin=True):
     "The pairs of a place that `_adapted` gave; without the margin, rows may lack it."
     if _are_lists(place): return candidates_to_pairs(_candidates(place))
     columns = _filled(place)
-    need = [c for c in ("prompt", "chosen", "rejected", *["margin"] * margin)
+    need = [c for c in ("prompt", "chosen", "rejected", *["margin"] * margin, "tools")
             if c in columns or c in ("chosen", "rejected")]
     rows = _usable(_read(place, need, only=True).map(_pair), place[0])
     return rows.select_columns(list(dict.fromkeys(["prompt", *need])))
 
 def load_pairs(source, # see `load_rows`
-              )->Dataset: # prompt, chosen, rejected, and margin where the source has it
-    """Read preference pairs: `prompt`, `chosen`, `rejected`, HH's columns on the Hub (`chosen` and
-    `rejected` as whole dialogues), the layout of a public dataset, or n-best lists with rewards
-    (every pair of candidates that differ).
+              )->Dataset: # prompt, chosen, rejected, and margin and tools where the source has them
+    """Read preference pairs: `prompt`, `chosen`, `rejected` (strings or lists of messages), HH's
+    columns on the Hub (`chosen` and `rejected` as whole dialogues), the layout of a public dataset,
+    or n-best lists with rewards (every pair of candidates that differ).
 
     Rows without a preference are dropped, and the log counts them by reason."""
     return _pairs(_adapted(_locate(source), "pairs"))
@@ -628,6 +655,7 @@ TLDR = "\n\nTL;DR:"
 
 def _demonstration(prompt, completion):
     "A demonstration; if it is unusable, `dropped` says why."
+    if is_messages(prompt) or is_messages(completion): return chat_demonstration(prompt, completion)
     dropped = "" if completion.strip() else "empty completion"
     return dict(prompt=prompt, completion=completion, dropped=dropped)
 
@@ -637,11 +665,13 @@ DEMONSTRATION_FORMATS = {
     ("prompt", "label"): lambda row: _demonstration(row["prompt"], row["label"]),
     ("article", "highlights"):
         lambda row: _demonstration(row["article"] + TLDR, " " + row["highlights"]),
+    ("messages",): lambda row: chat_demonstration(*first_answer(row["messages"])),
 }
 PROMPT_FORMATS = {
     ("prompt",): lambda row: row["prompt"],
     ("post",): lambda row: row["post"],
     ("article",): lambda row: row["article"] + TLDR,
+    ("messages",): lambda row: context(row["messages"]),
 }
 
 # %% ../nbs/foundations/04_data.ipynb #a80e578b
@@ -655,6 +685,11 @@ def _choose(place, formats):
 
 def _are_pairs(place): return {"chosen", "rejected"} <= set(_columns(place)[1])
 
+def _and_tools(need, place):
+    "The columns, and that of the tools where there is one."
+    tools = _columns(place)[1].get("tools", "null") != "null"
+    return (*need, *["tools"] * tools)
+
 # %% ../nbs/foundations/04_data.ipynb #9f500377
 def _best(row):
     "The answer with the highest reward, as a demonstration."
@@ -664,33 +699,53 @@ def _best(row):
 def _demonstrations(place):
     "The demonstrations of a place that `_adapted` gave."
     if _are_pairs(place):
-        rows = _pairs(place, margin=False).select_columns(["prompt", "chosen"])
+        rows = _pairs(place, margin=False)
+        rows = rows.select_columns([c for c in ("prompt", "chosen", "tools")
+                                    if c in rows.column_names])
         return rows.rename_column("chosen", "completion")
     if _are_lists(place): rows, make = _candidates(place), _best
     else:
         need = _choose(place, DEMONSTRATION_FORMATS)
-        rows, make = _read(place, need, only=True), DEMONSTRATION_FORMATS[need]
-    return _usable(rows.map(make, remove_columns=rows.column_names), place[0])
+        rows, make = _read(place, _and_tools(need, place), only=True), DEMONSTRATION_FORMATS[need]
+    rows = rows.map(make, remove_columns=[c for c in rows.column_names if c != "tools"])
+    return _usable(rows, place[0])
 
 def load_demonstrations(source, # see `load_rows`
-                       )->Dataset: # prompt, completion
+                       )->Dataset: # prompt, completion, and tools where the source has them
     """Read demonstrations: `prompt` and `completion` (or `label`), pairs (the chosen answer),
-    TL;DR's `post` and `summary`, CNN/DailyMail's `article` and `highlights`, the layout of a
-    public dataset, or n-best lists with rewards (the best answer)."""
+    `messages` (split before the first answer), TL;DR's `post` and `summary`, CNN/DailyMail's
+    `article` and `highlights`, the layout of a public dataset, or n-best lists with rewards (the
+    best answer)."""
     return _demonstrations(_adapted(_locate(source), "demonstrations"))
+
+# %% ../nbs/foundations/04_data.ipynb #c4a70d4d
+def joined_text(row)->str:
+    "Prompt and completion as one text; messages say who speaks."
+    if isinstance(row["prompt"], str): return row["prompt"] + row["completion"]
+    return prompt_text(row["prompt"] + row["completion"])
 
 # %% ../nbs/foundations/04_data.ipynb #eaebf539
 def load_prompts(source, # see `load_rows`
-                )->Dataset: # prompt
+                )->Dataset: # prompt, and tools where the source has them
     "Read distinct prompts, in the order of first appearance, from any format that has them."
     place = _adapted(_locate(source), "prompts")
-    if _are_pairs(place) and "prompt" not in _columns(place)[1]:
-        prompts = _pairs(place, False)["prompt"]
+    need = ("messages",) if "messages" in _columns(place)[1] else ()
+    if _are_pairs(place) and not need: rows, prompt = _prompts_of_pairs(place)
     else:
-        need = _choose(place, PROMPT_FORMATS)
-        prompts = map(PROMPT_FORMATS[need], _read(place, need, only=True))
-    distinct = {json.dumps(prompt): prompt for prompt in prompts} # a prompt may be a chat
-    return Dataset.from_dict({"prompt": list(distinct.values())})
+        need = need or _choose(place, PROMPT_FORMATS)
+        rows, prompt = _read(place, _and_tools(need, place), only=True), PROMPT_FORMATS[need]
+    found = {}
+    for row in rows:
+        asked = {"prompt": prompt(row), **({"tools": row["tools"]} if "tools" in row else {})}
+        found.setdefault((prompt_key(asked["prompt"]), json.dumps(asked.get("tools"))), asked)
+    return Dataset.from_list(list(found.values()))
+
+def _prompts_of_pairs(place)->tuple: # rows, function that gives a row's prompt
+    "A pair's prompt may have to be found in its conversations; unusable pairs may still have one."
+    kinds = _columns(place)[1]
+    if "prompt" in kinds and kinds["chosen"] == "text":
+        return _read(place, ("prompt",), only=True), PROMPT_FORMATS["prompt",]
+    return _pairs(place, margin=False), PROMPT_FORMATS["prompt",]
 
 def load_texts(source, # see `load_rows`
               )->Dataset: # text
@@ -701,8 +756,7 @@ def load_texts(source, # see `load_rows`
     if not (_are_pairs(place) or _are_lists(place)):
         _choose(place, {("text",): None, **DEMONSTRATION_FORMATS})
     rows = _demonstrations(place)
-    return rows.map(lambda row: {"text": row["prompt"] + row["completion"]},
-                    remove_columns=rows.column_names)
+    return rows.map(lambda row: {"text": joined_text(row)}, remove_columns=rows.column_names)
 
 # %% ../nbs/foundations/04_data.ipynb #062b0887
 PER_CANDIDATE = ("completion_ids", "finish_reasons", "sample_logps", "rewards", "ref_logps")
@@ -730,7 +784,8 @@ def _check_candidates(row, where, need):
 def _candidates(place, need=()):
     "The candidate rows of a place that `_adapted` gave."
     columns = _filled(place)
-    known = [c for c in (*PER_CANDIDATE, "prompt_ids", "reward_mean", "reward_std") if c in columns]
+    known = [c for c in (*PER_CANDIDATE, "prompt_ids", "reward_mean", "reward_std", "tools")
+             if c in columns]
     need = tuple(dict.fromkeys(("prompt", "completions", *known, *need)))
     return _read(place, need, check=_check_candidates)
 
@@ -782,23 +837,29 @@ def _ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 def encode_prompt(tokenizer, # any Hugging Face tokenizer
-                  prompt:str, # used as is: no whitespace is stripped
+                  prompt, # string, used as is: no whitespace is stripped; or a list of messages
                   max_length:int=None, # tokens; longer prompts are cut at the start
+                  tools=None, # for the chat template
                  )->list: # token ids
     "Token ids of a prompt: no EOS, one BOS if the tokenizer uses it (kept when truncated)."
-    bos, ids = _bos(tokenizer), _ids(tokenizer, prompt)
+    if isinstance(prompt, str): bos, ids = _bos(tokenizer), _ids(tokenizer, prompt)
+    else:
+        ids = chat_prompt_ids(tokenizer, prompt, tools) # BOS is the template's affair
+        bos = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
     if bos and ids[:1] == bos: ids = ids[1:]  # a chat template may have written it already
     if max_length is not None: ids = ids[max(0, len(ids) - max_length + len(bos)):]
     return bos + ids
 
 # %% ../nbs/foundations/04_data.ipynb #52de4870
-def encode_prompts(tokenizer, prompts:list, # texts
+def encode_prompts(tokenizer, prompts:list, # texts, or lists of messages
                    max_length:int, # tokens
+                   tools:list=None, # of each prompt
                   )->tuple: # token ids of each prompt, how many were cut
     "Token ids of prompts; longer ones are cut at the start."
-    whole = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    ids = [p if len(p) <= max_length else encode_prompt(tokenizer, text, max_length)
-           for p, text in zip(whole, prompts)]
+    rows = list(zip(prompts, tools or [None] * len(prompts)))
+    whole = [encode_prompt(tokenizer, prompt, tools=tools) for prompt, tools in rows]
+    ids = [p if len(p) <= max_length else encode_prompt(tokenizer, text, max_length, tools)
+           for p, (text, tools) in zip(whole, rows)]
     return ids, sum(len(p) > max_length for p in whole)
 
 # %% ../nbs/foundations/04_data.ipynb #bb842acf
@@ -819,6 +880,19 @@ def encode_completion(tokenizer, # any Hugging Face tokenizer with an EOS token
     "Token ids of a completion with EOS at its end, or cut at `max_length` without one."
     return _close(_ids(tokenizer, completion), tokenizer, finished, max_length)
 
+# %% ../nbs/foundations/04_data.ipynb #c4a70d5d
+def encode_response(tokenizer, row:dict, # prompt and perhaps tools
+                    completion, # string or messages
+                    finished:bool=True, max_length:int=None, # as for `encode_completion`
+                   )->tuple: # (token ids, finished)
+    "The same for a completion of a row, by the chat template if the prompt is a list of messages."
+    if isinstance(row["prompt"], str):
+        return encode_completion(tokenizer, completion, finished, max_length)
+    ids = chat_response_ids(tokenizer, row["prompt"], completion, row.get("tools"))
+    if not finished and ids[-1:] == [end_of_turn(tokenizer)]: ids = ids[:-1]
+    cut = max_length is not None and len(ids) > max_length
+    return (ids[:max_length], False) if cut else (ids, finished)
+
 # %% ../nbs/foundations/04_data.ipynb #d7393e9a
 def _coded(row, tokenizer, max_length):
     "(ids, finished) of each completion of a row; stored ids are used as they are."
@@ -829,6 +903,9 @@ def _coded(row, tokenizer, max_length):
             [ids[-1:] == [eos] for ids in row["completion_ids"]]
         return list(zip(row["completion_ids"], ends))
     reasons = reasons or ["stop"] * len(row["completions"])
+    if not isinstance(row["prompt"], str):
+        return [encode_response(tokenizer, row, text, reason == "stop", max_length) if text.strip()
+                else ([], False) for text, reason in zip(row["completions"], reasons)]
     return [_close(ids, tokenizer, reason == "stop", max_length)
             for ids, reason in zip(_ids(tokenizer, row["completions"]), reasons)]
 
@@ -840,10 +917,23 @@ def _encode_row(row, tokenizer, max_prompt_length, max_completion_length):
     kept = [i for i, (ids, _) in enumerate(coded) if ids]
     if len(kept) < n:
         row = {column: [value[i] for i in kept] if isinstance(value, list) and len(value) == n
-               and column != "prompt_ids" else value for column, value in row.items()}
-    prompt_ids = row.get("prompt_ids") or encode_prompt(tokenizer, row["prompt"], max_prompt_length)
+               and column not in ("prompt_ids", "prompt") else value
+               for column, value in row.items()}
+    prompt_ids = row.get("prompt_ids") or encode_prompt(tokenizer, row["prompt"],
+                                                        max_prompt_length, row.get("tools"))
     lack = "no completion left" if not kept else "empty prompt" if not prompt_ids else ""
     return row | {"prompt_ids": prompt_ids, "emptied": n - len(kept), "lack": lack}
+
+# %% ../nbs/foundations/04_data.ipynb #c4a70d1d
+def chat_candidates(dataset, # candidate rows
+                    apply:bool, # make messages of string prompts?
+                    where:str, # file or folder, for messages
+                    tokenizer=None, # None: no ids are made
+                   )->Dataset:
+    "Candidates that get their ids here, their prompts as messages if that is asked for."
+    if "prompt_ids" in dataset.column_names: return dataset
+    if tokenizer is not None: check_chat(tokenizer, dataset["prompt"], where, apply)
+    return dataset.map(as_turns) if apply else dataset
 
 # %% ../nbs/foundations/04_data.ipynb #3e13d1f2
 def attach_ids(dataset:Dataset, # candidate rows: prompt, completions, optionally finish_reasons
@@ -896,6 +986,7 @@ def candidate_parts(config, # of the score stage
     if parts and "completion_ids" in dataset.column_names:
         return len(parts), lambda i: load_candidates(str(parts[i])).to_list(), dropped
     if parts: dataset = load_candidates(config.candidates)
+    dataset = chat_candidates(dataset, config.apply_chat_template, config.candidates, tokenizer)
     if "index" not in dataset.column_names:
         dataset = dataset.add_column("index", list(range(len(dataset))))
     if tokenizer is not None:

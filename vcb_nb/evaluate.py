@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .artifacts import InputError, did_you_mean, fingerprint, read_json, write_json
-from .data import attach_ids, load_candidates
+from .data import attach_ids, chat_candidates, load_candidates
 from .judges import PolicyJudge, load_judge
 from .loading import (QuantizedLoading, check_same_tokenizer, load_tokenizer,
                             pick_device)
@@ -38,6 +38,7 @@ class ScoringConfig(QuantizedLoading):
     "Settings that every evaluation needs."
     first_model = "reference"
     limit: int | None = option(None, "Use only the first rows of each file.")
+    apply_chat_template: bool = option(False, "Make a string prompt one turn of the user.")
     max_prompt_length: int = option(512, "Tokens kept of a prompt, from its end.")
     max_new_tokens: int = option(128, "Most tokens of a sample or completion.")
     n_boot: int = option(2000, "Bootstrap resamples.")
@@ -63,8 +64,9 @@ class ScoringConfig(QuantizedLoading):
     def boot(self)->dict: return dict(n_boot=self.n_boot, level=self.level, seed=self.seed)
 
 # %% ../nbs/stages/08_evaluate.ipynb #9c5bee22
-SAMPLING = ("n", "temperature", "top_p", "top_k", "max_prompt_length", "max_new_tokens", "limit",
-            "batch_size", "seed", "dtype", "attn_implementation", "quantization", "device")
+SAMPLING = ("n", "temperature", "top_p", "top_k", "apply_chat_template", "max_prompt_length",
+            "max_new_tokens", "limit", "batch_size", "seed", "dtype", "attn_implementation",
+            "quantization", "device")
 
 def sampling(config, policy:str, prompts:str, folder)->SampleConfig:
     "The settings of the sampling, the same for every policy."
@@ -202,6 +204,7 @@ def read_candidates(source:str, config, tokenizer, # rows get this tokenizer's i
     if "completion_ids" in rows.column_names and not ids_fit(rows, tokenizer):
         log.warning("%s has the ids of another tokenizer: its texts are tokenised again.", source)
         rows = rows.remove_columns(["prompt_ids", "completion_ids"])
+    rows = chat_candidates(rows, config.apply_chat_template, source, tokenizer)
     return attach_ids(rows, tokenizer, config.max_prompt_length, config.max_new_tokens)
 
 def ids_fit(rows, tokenizer)->bool:

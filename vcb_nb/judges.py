@@ -15,7 +15,8 @@ import torch
 
 from .artifacts import InputError
 from .batches import accepts, candidate_rows, check_readable, pad_rows, regroup, unwrap
-from .data import encode_completion, encode_prompt
+from .chat import last_words, turn_tail
+from .data import encode_prompt, encode_response
 from .loading import load_policy, load_reward_model, load_tokenizer
 from .logprobs import in_batches, score_logps
 from .packing import packed_layout, packed_scores
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 # %% ../nbs/foundations/16_judges.ipynb #17b8403d
 def row_place(row:dict)->str:
     "The name of a candidate row in a message: its index and the beginning of its prompt."
-    return f"Prompt row {row.get('index', '?')} ({row['prompt'][:40]!r})"
+    return f"Prompt row {row.get('index', '?')} ({last_words(row['prompt'])[:40]!r})"
 
 def checked_numbers(values:list, # [prompts][n] of anything
                     rows:list, # with index and prompt
@@ -115,12 +116,14 @@ def encode_rows(tokenizer, # the reward model's own
                 max_completion_length:int=None, # tokens; a longer completion loses its end and EOS
                )->tuple: # prompt_ids, completion_ids
     "Token ids made from the text, with an EOS exactly where the sample was finished."
-    prompts = [encode_prompt(tokenizer, row["prompt"], max_prompt_length) for row in rows]
-    def encode(text, reason):
-        ids, _ = encode_completion(tokenizer, text, reason == "stop", max_completion_length)
+    prompts = [encode_prompt(tokenizer, row["prompt"], max_prompt_length, row.get("tools"))
+               for row in rows]
+    def encode(row, text, reason):
+        ids, _ = encode_response(tokenizer, row, text, reason == "stop", max_completion_length)
         # A cut sample of special tokens only has no text at all; a score needs a place to stand.
         return ids or [tokenizer.eos_token_id]
-    return prompts, [list(map(encode, row["completions"], _reasons(row))) for row in rows]
+    return prompts, [[encode(row, *answer) for answer in zip(row["completions"], _reasons(row))]
+                     for row in rows]
 
 def _reasons(row)->list: return row.get("finish_reasons") or ["stop"] * len(row["completions"])
 
@@ -142,6 +145,27 @@ def wrote_ids(tokenizer, rows:list)->bool:
         if any(reads(ids) != text for ids, text in texts): return False
     return bool(rows)
 
+# %% ../nbs/foundations/16_judges.ipynb #c4a70d3d
+def same_template(a, b)->bool:
+    "Do two tokenizers have the same chat template?"
+    return getattr(a, "chat_template", None) == getattr(b, "chat_template", None)
+
+def end_at_turn(model):
+    "Note in a reward model's config that it reads a response up to the end of its turn."
+    model.config.response_ends_at = "turn"
+    return model
+
+def reads_end_of_turn(model)->bool:
+    "Was a reward model trained on responses that end with their turn, as samples do?"
+    return getattr(unwrap(model).config, "response_ends_at", None) == "turn"
+
+def add_tails(tokenizer, rows, prompt_ids:list, completion_ids:list)->tuple: # the same two
+    "Finished responses of chat rows with what the template writes behind the end of a turn."
+    tail = turn_tail(tokenizer)
+    def whole(ids, reason): return [*ids, *tail] if reason == "stop" else ids
+    return prompt_ids, [list(map(whole, ids, _reasons(row)))
+                        for row, ids in zip(rows, completion_ids)]
+
 # %% ../nbs/foundations/16_judges.ipynb #09284cb6
 class RewardJudge(Judge):
     "A judge made of a reward model."
@@ -160,10 +184,14 @@ class RewardJudge(Judge):
         self.model = load_reward_model(path, dtype=dtype, device=device, **loading)
         if tokenizer is None: self.shared = wrote_ids(self.tokenizer, rows or [])
         else: self.shared = same_tokenizer(self.tokenizer, tokenizer)
+        self.one_template = self.shared and same_template(self.tokenizer, tokenizer)
         if not self.shared: log.info("%s reads the text with its own tokenizer", path)
 
     def judge(self, rows):
-        ids = stored_ids(rows) if self.shared else encode_rows(self.tokenizer, rows, *self.lengths)
+        chat = any(not isinstance(row["prompt"], str) for row in rows)
+        shared = self.one_template if chat else self.shared
+        ids = stored_ids(rows) if shared else encode_rows(self.tokenizer, rows, *self.lengths)
+        if chat and not reads_end_of_turn(self.model): ids = add_tails(self.tokenizer, rows, *ids)
         return reward_scores(self.model, *ids, self.batch_tokens)
 
 # %% ../nbs/foundations/16_judges.ipynb #16b7c8d9

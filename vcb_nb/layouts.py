@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass
 import pyarrow as pa
 from .artifacts import InputError
+from .chat import chat_pair, clean_messages, turn
 
 # %% ../nbs/foundations/03_layouts.ipynb #96489fe3
 def _record(kind)->str:
@@ -45,6 +46,7 @@ def each(convert):
     def adapt(rows):
         for where, row in rows:
             try: made = convert(row)
+            except InputError as e: raise InputError(f"{where}: {e}") from None
             except (LookupError, TypeError, ValueError, AttributeError) as e:
                 raise InputError(f"{where}: the row does not have the layout of the others "
                                  f"({type(e).__name__}: {e}). Fix the row or remove it.") from None
@@ -75,20 +77,12 @@ def scored_pair(row):
     return with_margin(row, {**own, **sides})
 
 # %% ../nbs/foundations/03_layouts.ipynb #f67a3d60
-def _turn(text:str, role:str="user")->list: return [{"role": role, "content": text}]
-
 def conversation_pair(row):
     "Two conversations, or two last turns, as prompt, chosen and rejected in messages."
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
-    if not chosen or not rejected: return "empty conversation"
-    if len(chosen) > 1 or chosen[0]["role"] != "assistant": prompt = chosen[:-1]
-    elif isinstance(prompt, str): prompt = _turn(prompt)
-    if len(rejected) > 1 and rejected[:-1] != prompt: return "no common prompt"
-    if {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}: return "no answer at the end"
-    if not prompt: return "no prompt"
-    rest = {c: row[c] for c in ("tools", "chat_template_kwargs") if row.get(c)}
-    return with_margin(row, {**rest, "prompt": prompt, "chosen": chosen[-1:],
-                             "rejected": rejected[-1:]})
+    if not row["chosen"] or not row["rejected"]: return "empty conversation"
+    pair = chat_pair(row)
+    rest = {"tools": row["tools"]} if row.get("tools") else {}
+    return pair.pop("dropped") or with_margin(row, {**rest, **pair})
 
 # %% ../nbs/foundations/03_layouts.ipynb #e837f792
 def _chosen(prompt, texts:list, best:int)->dict:
@@ -109,10 +103,10 @@ def stack_exchange(row):
 
 def orca(row):
     "orca_dpo_pairs: a system prompt (it may be empty), a question, two answers."
-    system = _turn(row["system"], "system") if row["system"] else []
-    answers = {side: _turn(row[side], "assistant") for side in ("chosen", "rejected")}
+    system = turn(row["system"], "system") if row["system"] else []
+    answers = {side: turn(row[side], "assistant") for side in ("chosen", "rejected")}
     question = row[first_of(row, "question|input")]
-    return with_margin(row, {"prompt": system + _turn(question), **answers})
+    return with_margin(row, {"prompt": system + turn(question), **answers})
 
 # %% ../nbs/foundations/03_layouts.ipynb #7388021d
 def summary_prompt(info:dict)->str:
@@ -154,6 +148,20 @@ def right_or_wrong(row):
     scored = [(t, 1.) for t in row["chosen"]] + [(t, 0.) for t in row["rejected"]]
     return candidate_row(row["prompt"], scored)
 
+def answer_text(answer)->str:
+    "An answer as text: a string, or the content of one message."
+    if isinstance(answer, str): return answer
+    message = clean_messages(answer)[0]
+    if len(answer) == 1 and set(message) == {"role", "content"}: return message["content"]
+    raise InputError("an answer is more than one message of plain text. Give each candidate as one "
+                     "message of the assistant's.")
+
+def chat_answers(row):
+    "An n-best list whose answers are lists of one message."
+    texts = first_of(row, CANDIDATE_TEXTS)
+    row = {**row, texts: [answer_text(answer) for answer in row[texts]]}
+    return named_otherwise(row)
+
 def named_otherwise(row):
     "An n-best list whose columns have other names, e.g. `responses` and `scores`."
     texts, rewards = first_of(row, CANDIDATE_TEXTS), first_of(row, CANDIDATE_SCORES)
@@ -171,14 +179,10 @@ def by_prompt(prompt:str, answer:str, score:str): # columns, best first: 'respon
             asked, found = row.get(first_of(row, prompt)), first_of(row, answer)
             if not asked: yield where, "no prompt"
             group = groups.setdefault(json.dumps(asked), (where, asked, []))
-            if found: group[2].append((_answer_text(row[found]), row.get(first_of(row, score))))
+            if found: group[2].append((answer_text(row[found]), row.get(first_of(row, score))))
         for where, asked, scored in groups.values():
             if asked: yield where, candidate_row(asked, scored)
     return adapt
-
-def _answer_text(answer)->str:
-    "The text of an answer that is a message."
-    return answer if isinstance(answer, str) else answer[-1]["content"]
 
 def liked(row):
     "KTO: a demonstration, if its label says that it is a good one."
@@ -218,7 +222,7 @@ def sharegpt(row):
     "`conversations` of from/value as `messages` of role/content."
     turns = [{"role": ROLES.get(one["from"], one["from"]), "content": one["value"]}
              for one in row["conversations"]]
-    if row.get("system"): turns = _turn(row["system"], "system") + turns
+    if row.get("system"): turns = turn(row["system"], "system") + turns
     while turns and turns[-1]["role"] != "assistant": turns = turns[:-1]
     return {"messages": turns} if len(turns) > 1 else "no answer at the end"
 
@@ -226,7 +230,7 @@ def sharegpt_pair(row):
     "`conversations` with two answers, each a from/value record."
     turns = [{"role": ROLES.get(one["from"], one["from"]), "content": one["value"]}
              for one in row["conversations"]]
-    answers = {side: _turn(row[side]["value"], "assistant") for side in ("chosen", "rejected")}
+    answers = {side: turn(row[side]["value"], "assistant") for side in ("chosen", "rejected")}
     return with_margin(row, {"prompt": turns, **answers})
 
 def alpaca(row):
@@ -313,6 +317,8 @@ LIST_LAYOUTS = (
     Layout("oasst messages", {"message_id": "text", "parent_id": "text", "text": "text",
                               "role": "text"}, {"candidates": messages_of_trees},
            "OpenAssistant/oasst1", "candidates with chat prompts; rewards = −rank"),
+    Layout("n-best list of messages", {"prompt": "text|chat", "completions|responses|generations": "[chat]"},
+           {"candidates": each(chat_answers)}, "any", "candidates"),
     Layout("n-best list", {"prompt": "text|chat", "responses|generations": "[text]"},
            {"candidates": each(named_otherwise)}, "any", "candidates"),
     Layout("n-best list with scores", {"prompt": "text|chat", "completions": "[text]",

@@ -12,8 +12,9 @@ import hashlib, inspect, json, logging, random, re
 from dataclasses import dataclass
 from pathlib import Path
 from .artifacts import InputError, atomic_dir, did_you_mean, write_jsonl
-from .data import (counting_dropped, load_demonstrations, load_pairs, load_prompts, load_rows,
-                         load_texts, train_tokenizer)
+from .chat import prompt_key
+from .data import (counting_dropped, joined_text, load_demonstrations, load_pairs,
+                         load_prompts, load_rows, load_texts, train_tokenizer)
 from .settings import REQUIRED, check_choice, check_least, check_required, option
 from .world import make_world
 
@@ -125,22 +126,29 @@ def _by_side(rows, config)->dict:
 
 def _distinct_prompts(rows, limit, seed)->list:
     "Up to `limit` distinct prompts, chosen at random by the seed."
-    prompts = list({json.dumps(row["prompt"]): row["prompt"] for row in rows}.values())
+    asked = ({c: row[c] for c in ("prompt", "tools") if c in row} for row in rows)
+    prompts = list({prompt_key(row["prompt"]): row for row in asked}.values())
     random.Random(seed).shuffle(prompts)
-    return [{"prompt": p} for p in prompts[:limit]]
+    return prompts[:limit]
 
 # %% ../nbs/stages/01_prepare.ipynb #e14b8060
+def _chosen(row)->dict:
+    "The demonstration in a pair."
+    return {"completion" if c == "chosen" else c: row[c] for c in ("prompt", "chosen", "tools")
+            if c in row}
+
 def prepare_pairs(config:PrepareConfig, folder:Path)->None:
     "Split preference pairs, and whatever else was given, into the files of a run."
     pairs = _by_side(
-        _read_all(load_pairs, config.pairs, ("prompt", "chosen", "rejected", "margin")), config)
+        _read_all(load_pairs, config.pairs, ("prompt", "chosen", "rejected", "margin", "tools")),
+                     config)
     if config.demonstrations:
         demos = _by_side(_read_all(load_demonstrations, config.demonstrations,
-                                   ("prompt", "completion")), config)["train"]
-    else: demos = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in pairs["train"]]
-    given = (_by_side(_read_all(load_prompts, config.prompts, ("prompt",)), config)
+                                   ("prompt", "completion", "tools")), config)["train"]
+    else: demos = [_chosen(row) for row in pairs["train"]]
+    given = (_by_side(_read_all(load_prompts, config.prompts, ("prompt", "tools")), config)
              if config.prompts else pairs)
-    ood = _read_all(load_prompts, config.ood_prompts, ("prompt",))
+    ood = _read_all(load_prompts, config.ood_prompts, ("prompt", "tools"))
     write_jsonl(folder/"demonstrations.jsonl", demos)
     write_jsonl(folder/"pairs.jsonl", pairs["train"])
     write_jsonl(folder/"pairs_test.jsonl", pairs["test"])
@@ -153,7 +161,7 @@ def prepare_pairs(config:PrepareConfig, folder:Path)->None:
 # %% ../nbs/stages/01_prepare.ipynb #0734dd44
 def prepare_texts(config:PrepareConfig, folder:Path)->None:
     "Write the text for pretraining: the texts that were given, and the training dialogues."
-    dialogues = ({"text": r["prompt"] + r["completion"]}
+    dialogues = ({"text": joined_text(r)}
                  for r in load_rows(str(folder/"demonstrations.jsonl")))
     given = ({"text": r["text"]} for source in config.texts for r in load_texts(source))
     write_jsonl(folder/"texts.jsonl", [*given, *dialogues])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .artifacts import (MANIFEST, InputError, atomic_write, finished_stages, read_json,
                               read_manifest)
+from .chat import prompt_text
 from .figures import (figure_bytes, plot_calibration, plot_frontier, plot_margins,
                             plot_reliability, plot_rewards, plot_training_curves, run_label)
 from .measures import estimate_text
@@ -284,7 +285,8 @@ def sample_blocks(summary:dict, samples:dict, # policy → list of rows {prompt,
                    "is shown. Nothing was selected by hand.")]
     for i in range(min(count, *(len(samples[n]) for n in chosen.values()))):
         rows = [[name, samples[name][i]["completions"][0]] for name in chosen.values()]
-        blocks += [Heading(f"Prompt {i + 1}", 3), Text(samples[rows[0][0]][i]["prompt"]),
+        blocks += [Heading(f"Prompt {i + 1}", 3), 
+                   Text(prompt_text(samples[rows[0][0]][i]["prompt"])),
                    Table(["policy", "response"], rows)]
     return blocks
 

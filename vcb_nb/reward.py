@@ -20,7 +20,9 @@ from transformers import set_seed
 from .adapters import add_lora, check_lora
 from .artifacts import InputError, write_json
 from .batches import pad_rows
-from .data import counting_dropped, encode_completion, encode_prompt, load_pairs
+from .chat import as_turns, check_chat, prompt_key
+from .data import counting_dropped, encode_prompt, encode_response, load_pairs
+from .judges import end_at_turn
 from .loading import LoadingSettings, load_tokenizer, new_reward_model
 from .measures import reward_metrics
 from .settings import REQUIRED, check_least, check_required, option
@@ -43,10 +45,10 @@ def encode_pair(tokenizer, row:dict, # prompt, chosen, rejected and perhaps marg
                 max_length:int, # tokens of both; the completion's end is cut
                )->dict: # chosen_ids, rejected_ids (prompt included), length, margin, cut, same
     "One training row; `same` if both sides have the same ids."
-    prompt = encode_prompt(tokenizer, row["prompt"], max_prompt_length)
+    prompt = encode_prompt(tokenizer, row["prompt"], max_prompt_length, row.get("tools"))
     room = max_length - len(prompt)
-    chosen, whole = encode_completion(tokenizer, row["chosen"], True, room)
-    rejected, also_whole = encode_completion(tokenizer, row["rejected"], True, room)
+    chosen, whole = encode_response(tokenizer, row, row["chosen"], True, room)
+    rejected, also_whole = encode_response(tokenizer, row, row["rejected"], True, room)
     return dict(chosen_ids=prompt + chosen, rejected_ids=prompt + rejected,
                 length=len(prompt) + max(len(chosen), len(rejected)),
                 margin=float(row.get("margin") or 0.),
@@ -96,6 +98,8 @@ class RewardConfig(TrainingDefaults, LoadingSettings):
     use_margin: bool = option(True, "Use the column margin if there is one.")
     center_rewards_coefficient: float | None = option(None,
         "Weight of (r_chosen + r_rejected)², which keeps the rewards' level near 0; try 0.01.")
+    apply_chat_template: bool = option(False,
+        "Make a string prompt one turn of the user, and its response one of the assistant.")
     max_prompt_length: int = option(512, "Tokens kept of a prompt, from its end.")
     max_length: int = option(1024, "Tokens of prompt and completion together.")
     n_bins: int = option(10, "Rows of the reliability table.")
@@ -122,9 +126,17 @@ class RewardConfig(TrainingDefaults, LoadingSettings):
 # %% ../nbs/stages/03_reward.ipynb #a92ad0bc
 def _encode_pairs(dataset, tokenizer, config:RewardConfig):
     "Pairs as ids; `prompt` stays. Pairs that a cut made equal are marked `same`."
-    if not config.use_margin: dataset = dataset.select_columns(["prompt", "chosen", "rejected"])
-    encode = lambda row: encode_pair(tokenizer, row, config.max_prompt_length, config.max_length)
-    return dataset.map(encode, remove_columns=["chosen", "rejected"], desc="tokenising")
+    if not config.use_margin and "margin" in dataset.column_names:
+        dataset = dataset.remove_columns("margin")
+    def encode(row):
+        key = prompt_key(row["prompt"])
+        if config.apply_chat_template: row = as_turns(row)
+        lengths = config.max_prompt_length, config.max_length
+        return {"key": key, **encode_pair(tokenizer, row, *lengths)}
+    check_chat(tokenizer, dataset["prompt"], config.pairs, config.apply_chat_template)
+    columns = [c for c in dataset.column_names if c != "margin"]
+    rows = dataset.map(encode, remove_columns=columns, desc="tokenising")
+    return rows.rename_column("key", "prompt")
 
 def _different(rows):
     "The pairs whose sides differ."
@@ -177,7 +189,7 @@ def train_reward(config:RewardConfig)->dict: # accuracy, accuracy_interval, ece,
     set_seed(config.seed)
     tokenizer = load_tokenizer(str(config.model))
     model = new_reward_model(str(config.model), tokenizer, seed=config.seed, **config.loading)
-    model = add_lora(model, config.peft_config)
+    model = add_lora(end_at_turn(model), config.peft_config)
     train, held_out, dropped = reward_datasets(config, tokenizer)
     trainer = reward_trainer(config, model, tokenizer, train, held_out)
     run_training(trainer, config, "reward")

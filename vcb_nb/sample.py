@@ -24,6 +24,7 @@ from transformers import (DynamicCache, GenerationConfig, LogitsProcessor,
 
 from .artifacts import InputError, Progress
 from .batches import accepts, evaluating, pad_rows, unwrap
+from .chat import as_turns, check_chat, clean_messages, last_words
 from .data import encode_prompts, load_prompts
 from .loading import (QuantizedLoading, as_dtype, load_policy, load_tokenizer, pick_device,
                             read_config, read_context, whole_folder)
@@ -369,6 +370,7 @@ class SampleConfig(QuantizedLoading):
         "Flattens (> 1) or sharpens (< 1) the distribution; 0 is greedy.")
     top_p: float = option(1., "Draw from the fewest likeliest tokens with this total probability.")
     top_k: int = option(0, "Draw from this many likeliest tokens; 0 means no limit.")
+    apply_chat_template: bool = option(False, "Make a string prompt one turn of the user.")
     max_prompt_length: int = option(512, "Tokens of a prompt; longer ones are cut at the start.")
     max_new_tokens: int = option(128, "Most tokens of a sample, EOS included.")
     backend: str = option("transformers",
@@ -403,7 +405,7 @@ class SampleConfig(QuantizedLoading):
 def check_prompts(config, prompts:list, prompt_ids:list, context:int=None)->None:
     "Raise `InputError` with the first prompt that is empty or leaves too little of the context."
     for i, (ids, text) in enumerate(zip(prompt_ids, prompts)):
-        where = f"{config.prompts}, prompt {i} ({text[:40]!r})"
+        where = f"{config.prompts}, prompt {i} ({last_words(text)[:40]!r})"
         if not ids: raise InputError(f"{where} has no tokens. Remove it.")
         if context and len(ids) + config.max_new_tokens > context:
             raise InputError(f"{where} has {len(ids)} tokens, and with {config.max_new_tokens} new "
@@ -430,12 +432,22 @@ def _rows_of_part(config, part:int, prompts:list)->range:
     "The indices of a part's prompts."
     return range(len(prompts))[part*config.shard_size:(part + 1)*config.shard_size]
 
-def _sample_part(config, tokenizer, draw, prompts, prompt_ids, on_batch, part:int)->list: # rows
+def read_prompts(config, tokenizer)->list: # rows: prompt, perhaps tools
+    "The prompts of a config, as messages where they are to be."
+    rows = load_prompts(config.prompts)
+    rows = rows.select(range(min(config.limit or len(rows), len(rows)))).to_list()
+    apply = config.apply_chat_template
+    check_chat(tokenizer, (row["prompt"] for row in rows), config.prompts, apply)
+    if apply: rows = [as_turns(row) for row in rows]
+    return [row if isinstance(row["prompt"], str) else
+            {**row, "prompt": clean_messages(row["prompt"])} for row in rows]
+
+def _sample_part(config, tokenizer, draw, rows_of, prompt_ids, on_batch, part:int)->list: # rows
     "Draw the samples of a part."
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
-    sampling, rows = {k: getattr(config, k) for k in names}, _rows_of_part(config, part, prompts)
+    sampling, rows = {k: getattr(config, k) for k in names}, _rows_of_part(config, part, rows_of)
     drawn = draw([prompt_ids[i] for i in rows], config.n, rows=rows, on_batch=on_batch, **sampling)
-    return [{"index": i, "prompt": prompts[i], "prompt_ids": prompt_ids[i],
+    return [{"index": i, **rows_of[i], "prompt_ids": prompt_ids[i],
              "completions": decode_texts(tokenizer, values[0]),
              **dict(zip(Samples._fields, values))} for i, *values in zip(rows, *drawn)]
 
@@ -468,10 +480,11 @@ def _speed_bar(total:int, speed:dict):
 # %% ../nbs/stages/04_sample.ipynb #1e8fe62d
 def sample(config:SampleConfig)->dict: # summary: counts, mean length, shares, tokens_per_second
     "Sample every prompt into `output_dir/data`. Resumes an interrupted run."
-    prompts = load_prompts(config.prompts)["prompt"][:config.limit]
     tokenizer = load_tokenizer(config.policy)
+    asked = read_prompts(config, tokenizer)
+    prompts, tools = ([row.get(name) for row in asked] for name in ("prompt", "tools"))
     context = read_context(config.policy)
-    prompt_ids, truncated = encode_prompts(tokenizer, prompts, config.max_prompt_length)
+    prompt_ids, truncated = encode_prompts(tokenizer, prompts, config.max_prompt_length, tools)
     check_prompts(config, prompts, prompt_ids, context)
     if truncated: log.warning("%d of %d prompts were cut", truncated, len(prompts))
     speed = {"tokens_per_second": None}
@@ -483,7 +496,7 @@ def sample(config:SampleConfig)->dict: # summary: counts, mean length, shares, t
         draw = load_sampler(config, tokenizer, longest)
         todo = sum(len(_rows_of_part(config, part, prompts)) for part in parts)
         with _speed_bar(config.n * todo, speed) as on_batch:
-            yield partial(_sample_part, config, tokenizer, draw, prompts, prompt_ids, on_batch)
+            yield partial(_sample_part, config, tokenizer, draw, asked, prompt_ids, on_batch)
 
     rows = complete_parts(config, math.ceil(len(prompts) / config.shard_size), sampler)
     return {**summarise_samples(rows), "truncated_prompts": truncated, **speed}

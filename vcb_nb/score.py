@@ -58,6 +58,8 @@ class ScoreConfig(QuantizedLoading):
         "Reward model folder, or 'module:function'; without it, given rewards stay.", source=True)
     reference: str | None = option(None,
         "Policy folder whose log-probabilities are stored: the SFT model.", source=True)
+    apply_chat_template: bool = option(False,
+        "Make string prompts one turn of the user, where text is tokenised here.")
     max_prompt_length: int = option(512, "Tokens of a prompt, where text is tokenised here.")
     max_completion_length: int = option(512,
         "Tokens of a completion, where text is tokenised here.")

@@ -20,6 +20,7 @@ from transformers import set_seed
 from .adapters import add_lora, check_lora
 from .artifacts import InputError
 from .batches import pad_rows
+from .chat import as_turns, chat_completion, check_chat
 from .data import (counting_dropped, encode_completion, encode_prompt, load_demonstrations,
                          load_texts)
 from .loading import QuantizedLoading, load_policy, load_tokenizer
@@ -52,7 +53,24 @@ def collate_rows(rows:list, # dicts with input_ids and prompt_length
     ids, mask = pad_rows([row["input_ids"] for row in rows], pad_id)
     start = torch.tensor([max(1, row["prompt_length"]) for row in rows])
     silent = (mask == 0) | (torch.arange(ids.shape[1]) < start[:, None])
+    if "loss_mask" in rows[0]: silent |= pad_rows([row["loss_mask"] for row in rows], 0)[0] == 0
     return dict(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(silent, -100))
+
+# %% ../nbs/stages/02_sft.ipynb #c4a70f2d
+def encode_conversation(tokenizer, row:dict, # prompt and completion as messages, perhaps tools
+                        max_prompt_length:int, max_length:int, # as for `encode_demonstration`
+                        every_turn:bool=True, # False: loss on the last turn only
+                       )->dict: # the same, and loss_mask: 1 where a token carries a loss
+    "One training row of messages."
+    prompt, ids, mask = chat_completion(tokenizer, row["prompt"], row["completion"],
+                                        row.get("tools"), every_turn)
+    if len(prompt) > max_prompt_length: # BOS, where the template writes one, stays
+        bos = prompt[:1] if prompt[0] == tokenizer.bos_token_id and max_prompt_length > 1 else []
+        prompt = bos + prompt[len(prompt) - max_prompt_length + len(bos):]
+    room = max_length - len(prompt)
+    return dict(input_ids=prompt + ids[:room], prompt_length=len(prompt),
+                length=len(prompt) + len(ids[:room]), finished=len(ids) <= room,
+                loss_mask=[0] * len(prompt) + mask[:room])
 
 # %% ../nbs/stages/02_sft.ipynb #fc5ef21f
 def pack_texts(tokenizer, texts, # iterable of str
@@ -83,6 +101,10 @@ class SFTConfig(TrainingDefaults, QuantizedLoading):
         source=True)
     objective: str = option("completion",
         "'completion': loss on the responses only; 'text': loss on every token of plain text.")
+    apply_chat_template: bool = option(False,
+        "Make a string prompt one turn of the user, and its response one of the assistant.")
+    assistant_only_loss: bool = option(True,
+        "Messages: loss on every turn of the assistant in the completion; false: on the last one.")
     max_prompt_length: int = option(512, "Tokens of a prompt; longer ones are cut at the start.")
     max_length: int = option(1024, "Tokens of prompt and completion together, or of a text block.")
     eval_data: str | None = option(None, "Held-out data. None takes eval_share of data.",
@@ -134,8 +156,13 @@ def _make_model(config:SFTConfig):
 # %% ../nbs/stages/02_sft.ipynb #063707bd
 def _encode_rows(dataset, tokenizer, config:SFTConfig)->Dataset: # of `encode_demonstration`
     "Demonstrations as training rows."
-    encode = lambda row: encode_demonstration(tokenizer, row["prompt"], row["completion"],
-                                              config.max_prompt_length, config.max_length)
+    lengths = config.max_prompt_length, config.max_length
+    def encode(row):
+        if config.apply_chat_template: row = as_turns(row)
+        if isinstance(row["prompt"], str):
+            return encode_demonstration(tokenizer, row["prompt"], row["completion"], *lengths)
+        return encode_conversation(tokenizer, row, *lengths, config.assistant_only_loss)
+    check_chat(tokenizer, dataset["prompt"], config.data, config.apply_chat_template)
     return dataset.map(encode, remove_columns=dataset.column_names, desc="tokenising")
 
 def _encode_blocks(dataset, tokenizer, config:SFTConfig)->Dataset: # the same columns
@@ -185,6 +212,7 @@ def sft_trainer(config:SFTConfig, model, tokenizer, train, held_out=None, **kwar
 # %% ../nbs/stages/02_sft.ipynb #0d3dcd97
 def _loss_tokens(rows)->int:
     "How many tokens of the rows carry a loss."
+    if "loss_mask" in rows.column_names: return sum(map(sum, rows["loss_mask"]))
     return sum(n - max(1, p) for n, p in zip(rows["length"], rows["prompt_length"]))
 
 def _dropped(config:SFTConfig)->int:

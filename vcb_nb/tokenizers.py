@@ -23,12 +23,16 @@ def filler_id(model, # causal LM
               tokenizer, # need not have a padding token
              )->int:
     "An id to fill rows with: the padding token's where the model has a row for it, else 0."
-    rows, pad_id = model.get_input_embeddings().num_embeddings, tokenizer.pad_token_id
+    rows, pad_id = embedding_rows(model), tokenizer.pad_token_id
     return pad_id if pad_id is not None and 0 <= pad_id < rows else 0
+
+def embedding_rows(model)->int:
+    "How many token ids a model knows; adapters may wrap its embedding."
+    return model.get_input_embeddings().weight.shape[0]
 
 def forget_unknown_padding(model)->None:
     "Leave no padding id in the configs that the embedding has no row for: no model loads with one."
-    rows, more = model.get_input_embeddings().num_embeddings, getattr(model, "generation_config", 0)
+    rows, more = embedding_rows(model), getattr(model, "generation_config", None)
     for config in filter(None, (model.config, model.config.get_text_config(), more)):
         if (getattr(config, "pad_token_id", None) or 0) >= rows: config.pad_token_id = None
 
@@ -55,7 +59,7 @@ ROWS = 64 # an embedding grows to a multiple of this: odd widths slow every prod
 
 def grow_embedding(model, size:int)->None:
     "Give a model a row for every id below `size`, where it has none: up to a multiple of 64."
-    if size > model.get_input_embeddings().num_embeddings:
+    if size > embedding_rows(model):
         model.resize_token_embeddings(size, pad_to_multiple_of=ROWS)
 
 def match_tokenizer(model, # causal LM, changed in place
@@ -81,7 +85,7 @@ def separate_pad_id(model, tokenizer, preferred):
 
 def _distinct_pad_id(model, tokenizer, preferred)->int:
     "An id for padding that no text contains; the embedding grows where there is none."
-    rows, ends = model.get_input_embeddings().num_embeddings, end_ids(model, tokenizer)
+    rows, ends = embedding_rows(model), end_ids(model, tokenizer)
     candidates, known = [preferred], rows
     if tokenizer is not None:
         beyond = max(tokenizer.get_vocab().values()) + 1

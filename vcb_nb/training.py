@@ -24,6 +24,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import TrainOutput
 
 from .artifacts import InputError, Progress, fingerprint, write_jsonl
+from .chat import prompt_key
 from .models import broken_weight, check_finite
 from .preflight import (check_acts, check_metric, check_numbers, check_trainer,
                               check_writable, refuse)
@@ -217,7 +218,7 @@ def held_out_split(dataset, # a `datasets.Dataset`
                   )->tuple: # (training rows, held-out rows or None), both in their old order
     "Hold out a share of the rows, at least one; rows of one prompt stay on one side."
     check_share(share)
-    keys = list(dataset[group]) if group else list(range(len(dataset)))
+    keys = list(map(prompt_key, dataset[group])) if group else list(range(len(dataset)))
     names = sorted(set(keys))
     if share == 0: return dataset, None
     if len(names) < 2:
