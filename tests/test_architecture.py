@@ -11,7 +11,7 @@ MODULES = sorted(p.stem for p in (ROOT/"vcb_nb").glob("*.py") if not p.stem.star
 LAYERS = [["losses"], ["worlds"], ["plots"], ["figures", "explorables"], ["widgets"],
           ["artifacts"], ["settings"], ["shards"], ["data", "world"], ["tokenizers"],
           ["models"], ["adapters"], ["loading"], ["saving", "batches"],
-          ["packing"], ["prepare", "logprobs", "training", "measures"], ["judges"],
+          ["packing"], ["prepare", "logprobs", "training", "measures"], ["judges"], ["checks"],
           ["sft", "reward", "sample", "calibrate"], ["score"], ["evaluate"], ["diagnosis"],
           ["live"], ["stages"], ["recipes"], ["pipeline"], ["report"], ["cli"]]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -505,6 +505,22 @@ def last_metrics(history:list)->dict:
     row = next((row for row in reversed(history) if "loss" in row), {})
     return {k: v for k, v in row.items() if k not in ("epoch", "step")}
 
+# %% ../nbs/stages/06_calibrate.ipynb #20c0a008
+def _load_scored(source): return load_candidates(source, need=("rewards",))
+
+def check_calibrate(config:CalibrationConfig, ahead)->None:
+    "What can be known before the training."
+    missing = [name for name in ("model", "candidates") if not getattr(config, name)]
+    if missing: return ahead.attempt(load_split, config)
+    for source in (config.candidates, config.eval_candidates):
+        rows, maker = ahead.data(source, _load_scored), ahead.maker(source)
+        if rows is not None: ahead.attempt(check_columns, rows, config.reference)
+        if maker and config.reference == "stored" and not getattr(maker, "reference", None):
+            ahead.problems.append(f"{source} will have no column 'ref_logps'. "
+                                  + REMEDY["ref_logps"])
+    for model in (config.model, config.reference_model): ahead.model(model)
+    ahead.training(config, ahead.origin(config.model))
+
 # %% ../nbs/stages/06_calibrate.ipynb #9197c490
 def calibrate(config:CalibrationConfig)->dict: # JSON-able summary
     """Train one policy on scored candidates; resumes a call that was cut off.

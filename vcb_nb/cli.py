@@ -85,7 +85,8 @@ def run_parser()->_Parser:
             seed="seed of every stage for which the recipe sets none",
             model="the model that every stage starts from, where the recipe trains none").items():
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=help)
-    parser.add_flag("plan", "list the jobs and their states, and do nothing")
+    parser.add_flag("plan", "list the jobs, their states and what keeps any of them from starting; "
+                    "do nothing")
     _add_common(parser)
     parser.epilog = "\n".join([
         "Any setting of any stage can be given as --STAGE.SETTING VALUE, for example",
@@ -136,19 +137,28 @@ def _run_recipe(args:list)->None:
     "`vcb run`."
     own, settings = run_parser().read(args)
     if own.help: return print(run_parser().format_help())
-    from vcb_nb.pipeline import plan, plan_states, run_recipe
+    from vcb_nb.pipeline import plan, run_recipe, up_to
     if len(own.words) != 1:
         raise InputError("vcb run takes one recipe. Recipes that come with the package: "
                          + ", ".join(shipped_recipes()) + ".")
     settings |= {k: v for k, v in vars(own).items() if k in ("output_dir", "seed", "model")}
     recipe = load_recipe(own.words[0], settings)
     if own.plan:
-        states = plan_states(plan(recipe)).items()
-        return print("\n".join(f"{name:<24} {' '.join(said)}" for name, said in states))
+        jobs = plan(recipe)
+        return _show_plan(up_to(jobs, own.upto) if own.upto else jobs)
     with _trust(own): states = run_recipe(recipe, own.upto, own.redo)
     report = Path(recipe["output_dir"])/"report"/"index.html"
     if set(states.values()) == {"done"}: print("Everything is up to date; nothing was done.")
     if report.exists(): print(f"Report: {report}")
+
+def _show_plan(jobs:list)->None:
+    "A row per job; `Problems` if any of them cannot start."
+    from vcb_nb.pipeline import find_problems, plan_states, quietly, refuse_impossible
+    states = plan_states(jobs)
+    with quietly(): problems = find_problems(jobs, states)
+    for name, said in states.items():
+        print(f"{name:<24} {' '.join(filter(None, said))}{', cannot start' * (name in problems)}")
+    refuse_impossible(problems)
 
 def _trust(own):
     "What --trust_remote_code does: here and in Python only, no recipe can set it."
@@ -175,7 +185,7 @@ def _read_stage(stage, args:list)->tuple: # (namespace, settings)
 
 def _stage_of_recipe(stage, recipe_name:str, settings:dict, redo:bool)->None:
     "Run the jobs of one stage of a recipe; its inputs must be there."
-    from vcb_nb.pipeline import plan, run_job
+    from vcb_nb.pipeline import check_jobs, plan, run_job
     from vcb_nb.shards import rank_and_world
     top = {k: settings.pop(k) for k in ("output_dir",) if k in settings}
     recipe = load_recipe(recipe_name, {**top, **{f"{stage.name}.{k}": v
@@ -183,17 +193,21 @@ def _stage_of_recipe(stage, recipe_name:str, settings:dict, redo:bool)->None:
     jobs = [job for job in plan(recipe) if job.stage is stage]
     if not jobs: raise InputError(f"{recipe_name} has no stage '{stage.name}'.")
     with nullcontext() if rank_and_world()[0] else run_lock(recipe["output_dir"]):
+        check_jobs(jobs)
         for job in jobs: run_job(job, redo)
 
 def _stage_alone(stage, settings:dict, redo:bool)->None:
     "Run one stage from options only."
-    from vcb_nb.pipeline import Job, run_job
+    from vcb_nb.shards import rank_and_world
+    from vcb_nb.pipeline import Job, check_jobs, run_job
     settings = {k: parse_yaml(v, f"--{k}") for k, v in settings.items()}
     settings = stage.check(settings, f"vcb {stage.name}")
     folder = settings.pop("output_dir", None)
     if not folder:
         raise InputError(f"vcb {stage.name} needs --output_dir FOLDER, or a recipe.")
-    run_job(Job(Path(folder).name, stage, Path(folder), settings), redo)
+    job = Job(Path(folder).name, stage, Path(folder), settings)
+    if not rank_and_world()[0]: check_jobs([job], named=False)
+    run_job(job, redo)
 
 # %% ../nbs/runs/05_cli.ipynb #89abe58b
 def _general_help()->str:
@@ -259,7 +273,9 @@ def main(args:list=None, # words of the command line; by default those of this p
         sys.stdout.flush()
     except BrokenPipeError: # `vcb run demo --plan | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except InputError as e: return _say(e) or 2
+    except InputError as e:
+        for problem in getattr(e, "problems", [e]): _say(problem)
+        return 2
     except KeyboardInterrupt as e:
         signum = e.args[0] if isinstance(e, Stopped) else signal.SIGINT
         _say(f"stopped by {signal.Signals(signum).name} in {getattr(e, 'job', 'the preparation')}. "

@@ -114,6 +114,7 @@ class Stage:
     defaults:Callable = lambda at: {} # Files → settings that a recipe may leave out
     expand:Callable = one_job # (stage, Files, file name) → {name of a job: its settings}
     in_recipes:bool = True # or a command only?
+    foresee:str | None = None # 'module:function' of a config and an `Outlook`: its check
 
     @property
     def config_class(self)->type: return load_object(self.config)
@@ -187,7 +188,8 @@ def with_validation(stage, at:Files, where:str)->dict:
 def _method_of(settings:dict)->dict:
     "Which line of the frontier a calibration belongs to, and where on it."
     from vcb_nb.losses import LOSSES
-    loss = LOSSES[settings["loss"]]
+    loss = LOSSES.get(settings["loss"])
+    if loss is None: return {} # its own job says so
     value = (settings.get("loss_params") or {}).get(loss.strength, loss.params.get(loss.strength))
     return {"method": settings["loss"], "strength": loss.strength, "value": value}
 
@@ -205,40 +207,46 @@ def _evaluation(at:Files)->dict:
 # %% ../nbs/runs/01_stages.ipynb #624e15e8
 STAGES = (
     Stage("data", "vcb_nb.prepare:prepare", "vcb_nb.prepare:PrepareConfig",
-          "Prepare the data files of a run."),
+          "Prepare the data files of a run.", foresee="vcb_nb.prepare:check_data"),
     Stage("tokenizer", "vcb_nb.prepare:make_tokenizer", "vcb_nb.prepare:TokenizerConfig",
           "Train a tokenizer, for a model that is trained from scratch.",
-          lambda at: dict(data=at.prepared("texts.jsonl"))),
+          lambda at: dict(data=at.prepared("texts.jsonl")),
+          foresee="vcb_nb.prepare:check_tokenizer"),
     Stage("pretrain", "vcb_nb.sft:train_sft", "vcb_nb.sft:SFTConfig",
           "Pretrain a model on plain text.",
           lambda at: dict(data=at.prepared("texts.jsonl"), objective="text",
-                          model=at.recipe.get("model"), tokenizer=at.made_by("tokenizer"))),
+                          model=at.recipe.get("model"), tokenizer=at.made_by("tokenizer")),
+          foresee="vcb_nb.sft:check_sft"),
     Stage("sft", "vcb_nb.sft:train_sft", "vcb_nb.sft:SFTConfig",
           "Fine-tune a model on demonstrations.",
           lambda at: dict(data=at.prepared("demonstrations.jsonl"), model=at.base,
-                          tokenizer=None if at.has("pretrain") else at.made_by("tokenizer"))),
+                          tokenizer=None if at.has("pretrain") else at.made_by("tokenizer")),
+          foresee="vcb_nb.sft:check_sft"),
     Stage("reward", "vcb_nb.reward:train_reward", "vcb_nb.reward:RewardConfig",
           "Train a reward model on preference pairs.",
           lambda at: dict(model=at.policy, pairs=at.prepared("pairs.jsonl"),
-                          eval_pairs=at.prepared("pairs_test.jsonl"))),
+                          eval_pairs=at.prepared("pairs_test.jsonl")),
+          foresee="vcb_nb.reward:check_reward"),
     Stage("sample", "vcb_nb.sample:sample", "vcb_nb.sample:SampleConfig",
           "Sample n candidates per prompt.",
           lambda at: dict(policy=at.policy, prompts=at.prepared("prompts.jsonl")),
-          with_validation),
+          with_validation, foresee="vcb_nb.sample:check_sample"),
     Stage("score", "vcb_nb.score:score", "vcb_nb.score:ScoreConfig",
           "Score candidates, and store the reference's log-probabilities.",
           lambda at: dict(candidates=at.candidates("sample"), reward=at.reward or at.gold,
                           reference=at.policy),
-          with_validation),
+          with_validation, foresee="vcb_nb.score:check_score"),
     Stage("calibrate", "vcb_nb.calibrate:calibrate", "vcb_nb.calibrate:CalibrationConfig",
           "Train a policy on scored candidates with any loss.",
           lambda at: dict(model=at.policy, candidates=at.candidates("score"),
                           eval_candidates=at.held_out),
-          one_job_per_method),
+          one_job_per_method, foresee="vcb_nb.calibrate:check_calibrate"),
     Stage("evaluate", "vcb_nb.evaluate:evaluate", "vcb_nb.evaluate:EvaluateConfig",
-          "Compare policies: rewards, KL, win rates, calibration.", _evaluation),
+          "Compare policies: rewards, KL, win rates, calibration.", _evaluation,
+          foresee="vcb_nb.evaluate:check_evaluate"),
     Stage("diagnose", "vcb_nb.diagnosis:diagnose", "vcb_nb.diagnosis:DiagnoseConfig",
-          "Draw the calibration plot of any two models.", in_recipes=False),
+          "Draw the calibration plot of any two models.", in_recipes=False,
+          foresee="vcb_nb.evaluate:check_diagnose"),
     Stage("report", "vcb_nb.report:report", "vcb_nb.report:ReportConfig",
           "Write the report of a run folder.",
           lambda at: dict(run=at.run, parts=[job.folder/MANIFEST for job in at.jobs])),
