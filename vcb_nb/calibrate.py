@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import set_seed
 from .adapters import check_lora, fresh_adapter
-from .artifacts import InputError
+from .artifacts import InputError, did_you_mean
 from .batches import check_dataset
 from .data import attach_ids, check_stored_ids, load_candidates
 from .loading import check_same_tokenizer, load_policy, load_tokenizer
@@ -37,7 +37,9 @@ SIGMA, REFERENCE = ("stored", "candidates", "dataset"), ("stored", "live")
 
 def check_loss_params(name:str, params:dict)->None:
     "Raise `InputError` unless `name` is a registered loss and `params` are fit for it."
-    check_choice("loss", name, LOSSES)
+    if name not in LOSSES:
+        raise InputError(f"loss is {name!r}. {did_you_mean(name, LOSSES)} "
+                         f"The losses are {', '.join(LOSSES)}.")
     for key, value in params.items():
         check_choice(f"A key of loss_params for '{name}'", key, LOSSES[name].params)
         if isinstance(LOSSES[name].params[key], float) and not isinstance(value, (int, float)):

@@ -56,6 +56,8 @@ def check_model(path, # folder or Hub name
     if Path(path).expanduser().is_dir(): check_weights(path, folder)
     return read_config(path, folder, trust)
 
+def _check_shape(path): return check_model(path, tokenizer=False)
+
 @functools.lru_cache(8)
 def _described_weights(description:str)->int | None:
     "Number of weights of a described model; None where it cannot be built."
@@ -101,7 +103,7 @@ class Ahead:
     def model(self, source, tokenizer:bool=True):
         "Look at a model that is there; a reward function is looked at by its config."
         if not source or is_function(source) or self.maker(source): return None
-        return self.attempt(check_model, source, tokenizer)
+        return self.data(source, check_model if tokenizer else _check_shape)
 
 # %% ../nbs/foundations/19_checks.ipynb #10c0a010
 class Sizes(Ahead):
@@ -109,7 +111,7 @@ class Sizes(Ahead):
     def origin(self, source): # a config of transformers, or None
         "The config of a model, or of the model that it will be trained from."
         maker = self.maker(source)
-        if maker is None: return self.quietly(check_model, source, tokenizer=False)
+        if maker is None: return self.quietly(_check_shape, source)
         return self.origin(maker.model) if maker.model else self.new_model(maker)
 
     def new_model(self, config):
@@ -119,6 +121,8 @@ class Sizes(Ahead):
 
     def quietly(self, read, *args, **kwargs):
         "What can be read; what cannot is another check's concern."
+        if read is _check_shape and (args[0], check_model) in self.seen:
+            return self.seen[args[0], check_model]
         try: return read(*args, **kwargs)
         except LOAD_ERRORS: return None
 

@@ -8,12 +8,12 @@ Docs: https://vcb-nb.github.io/vcb_nb/runs/cli.html.md"""
 __all__ = ['main']
 
 # %% ../nbs/runs/05_cli.ipynb #797aa881
-import argparse, dataclasses, inspect, logging, os, shlex, signal, sys, typing
+import argparse, dataclasses, inspect, logging, os, re, shlex, signal, sys, typing
 from contextlib import nullcontext
 from pathlib import Path
 from . import __version__
 from .artifacts import InputError, did_you_mean, disk_refusal, run_lock
-from .recipes import load_recipe, parse_yaml, shipped_recipes
+from .recipes import apply_override, load_recipe, shipped_recipes
 from .stages import find_stage, stage_names
 
 # %% ../nbs/runs/05_cli.ipynb #6f513a11
@@ -35,6 +35,13 @@ def join_options(args:list, # words of the command line
             if not given: value = "true" if bare else args.pop(0)
             joined.append(f"--{key.replace('-', '_')}={value}")
     return joined
+
+def refuse_repeated(words:list)->None:
+    "Raise `InputError` for an option that is given twice: either value may be the one meant."
+    keys = [word.partition("=")[0] for word in words if word.startswith("--")]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice: raise InputError(f"{twice} is given twice. Give it once; several values of a list "
+                               f"go in brackets, as in {twice} '[a, b]'.")
 
 def truth(text:str)->bool:
     "What the value of a flag says."
@@ -63,7 +70,9 @@ class _Parser(argparse.ArgumentParser):
     def read(self, args:list, also:set=frozenset())->tuple: # (namespace, other options)
         "Parse the words; options that the parser does not know are given back as a dict."
         flags = {a.dest for a in self._actions if a.type is truth} | also
-        known, rest = self.parse_known_args(join_options(args, flags))
+        words = join_options(args, flags)
+        refuse_repeated(words)
+        known, rest = self.parse_known_args(words)
         left = [*known.words, *rest] # argparse takes an unknown option with a space for a word
         known.words = [word for word in left if not word.startswith("--")]
         return known, dict(word[2:].partition("=")[::2] for word in left if word.startswith("--"))
@@ -180,6 +189,8 @@ def _run_stage(name:str, args:list)->None:
 
 def _read_stage(stage, args:list)->tuple: # (namespace, settings)
     hints = typing.get_type_hints(stage.config_class)
+    own_name = re.compile(rf"--{stage.name}\.")
+    args = [own_name.sub("--", word) for word in args] # --sample.n, which torchrun leaves alone
     own, unknown = stage_parser(stage).read(args, {k for k, h in hints.items() if h is bool})
     return own, {**{k: v for k, v in vars(own).items() if k in hints}, **unknown}
 
@@ -200,8 +211,10 @@ def _stage_alone(stage, settings:dict, redo:bool)->None:
     "Run one stage from options only."
     from vcb_nb.shards import rank_and_world
     from vcb_nb.pipeline import Job, check_jobs, run_job
-    settings = {k: parse_yaml(v, f"--{k}") for k, v in settings.items()}
-    settings = stage.check(settings, f"vcb {stage.name}")
+    given = {}
+    for key, value in settings.items():
+        apply_override(given, f"{stage.name}.{key}", value, f"--{key}")
+    settings = stage.check(given.get(stage.name), f"vcb {stage.name}")
     folder = settings.pop("output_dir", None)
     if not folder:
         raise InputError(f"vcb {stage.name} needs --output_dir FOLDER, or a recipe.")
@@ -252,8 +265,8 @@ def _listen()->None:
 
 def _resume(args)->str:
     "How to resume, as a sentence with the command."
-    script = Path(sys.argv[0]).name == "cli.py" # `python -m vcb_nb.cli`
-    words = ["python", "-m", "vcb_nb.cli"] if script else ["vcb"]
+    module = Path(sys.argv[0]).name in ("cli.py", "__main__.py") # `python -m vcb_nb`
+    words = ["python", "-m", "vcb_nb"] if module else ["vcb"]
     return f"To resume: {shlex.join([*words, *args])}"
 
 def _say(sentence)->None: print(f"vcb: {sentence}", file=sys.stderr)

@@ -10,7 +10,7 @@ __all__ = ['STAGES', 'Stage', 'find_stage']
 # %% ../nbs/runs/01_stages.ipynb #bffc1760
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from .artifacts import MANIFEST, InputError, did_you_mean
 from .settings import check_values, coerce, load_object, sources
@@ -103,6 +103,20 @@ def one_job(stage, at:Files, where:str)->dict: # name → settings
     "A section becomes one job of the stage's name."
     return {stage.name: stage.check(at.recipe[stage.name], where)}
 
+# %% ../nbs/runs/01_stages.ipynb #60c0a002
+def _loss_params()->set:
+    from vcb_nb.losses import LOSSES
+    return {name for loss in LOSSES.values() for name in loss.params}
+
+def _lora_settings()->set:
+    return {f.name for f in fields(load_object("peft:LoraConfig"))}
+
+def _model_sizes()->set:
+    from vcb_nb.models import SMALL
+    return {*SMALL, "intermediate_size", "num_key_value_heads", "head_dim"}
+
+INNER = {"loss_params": _loss_params, "peft_config": _lora_settings, "model_config": _model_sizes}
+
 # %% ../nbs/runs/01_stages.ipynb #ceabf5f5
 @dataclass(frozen=True)
 class Stage:
@@ -124,8 +138,19 @@ class Stage:
         "The settings whose content counts."
         return sources(self.config_class)
 
+    def _refuse_inner(self, key:str, where:str)->None:
+        "A key that stands inside another setting: say inside which."
+        known = {f.name for f in fields(self.config_class)}
+        place = next((name for name, find in INNER.items()
+                      if name in known and key not in known and key in find()), None)
+        if place is None: return
+        raise InputError(f"{where}: {self.name}.{key} is not a setting of its own. It stands in "
+                         f"{place}: write {place}: {{{key}: …}} in a recipe, or "
+                         f"--{place}.{key} on the command line.")
+
     def check(self, values:dict, where:str="recipe", beside:tuple=())->dict:
         "Values of the right type, or `InputError`; see `check_values`."
+        for key in values if isinstance(values, dict) else (): self._refuse_inner(key, where)
         return check_values(self.config_class, values, f"{where}: {self.name}", beside)
 
 # %% ../nbs/runs/01_stages.ipynb #5aeda428
