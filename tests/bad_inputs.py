@@ -322,6 +322,27 @@ def without_part(source, own):
     return own/"samples"
 
 
+def unfinished(*below):
+    "The folder that a killed stage has left, or something in it that it had not written yet."
+    def make(world, own):
+        (own/"killed").mkdir()
+        write_json(own/"killed"/"pending.json", {"key": "1"})
+        write_json(own/"killed"/"settings.json", {"n": 3})
+        return (own/"killed").joinpath(*below)
+    return make
+
+
+KILLED = ("killed did not finish", "Run that stage again", "it resumes")
+UNFINISHED = [
+    Case("folder of a killed score", "calibrate", {"candidates": unfinished()}, KILLED),
+    Case("folder of a killed sample", "score", {"candidates": unfinished()}, KILLED),
+    Case("data of a killed stage", "score", {"candidates": unfinished("data")}, KILLED),
+    Case("file of a killed stage", "sample", {"prompts": unfinished("files", "p.jsonl")}, KILLED),
+    Case("model of a killed training", "sample", {"policy": unfinished("model")}, KILLED),
+    Case("judge of a killed training", "score", {"reward": unfinished("model")}, KILLED),
+]
+
+
 def policy(name, change, *says, stage="sample", key="policy"):
     return Case(name, stage, {key: changed_copy("policy", change)}, ("model", *says))
 
@@ -455,7 +476,7 @@ VALUES = [
          env={"RANK": "4", "WORLD_SIZE": "2"}),
 ]
 
-CASES = [*FILES, *CANDIDATES, *MODELS, *VALUES]
+CASES = [*FILES, *CANDIDATES, *UNFINISHED, *MODELS, *VALUES]
 
 
 # ---- recipes: text of the file, words of the message

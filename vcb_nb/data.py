@@ -19,7 +19,8 @@ import pyarrow as pa
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from .artifacts import InputError, atomic_dir, did_you_mean
+from .artifacts import (MANIFEST, PENDING, InputError, atomic_dir, did_you_mean,
+                              refuse_unfinished)
 from .shards import refuse_altered
 
 # %% ../nbs/foundations/04_data.ipynb #685c54c6
@@ -167,16 +168,19 @@ def _unbroken(paths):
     return paths
 
 # %% ../nbs/foundations/04_data.ipynb #b7938ca2
+_RECORDS = (MANIFEST, PENDING, "settings.json") # of a stage, beside its data
 _SPLITS = ("train", "test", "validation", "valid", "dev")
 
 def _folder_files(folder, split):
     "The data files of a folder (or of its `data/`): JSONL, or else Parquet, text, JSON."
     inside = folder/"data" if (folder/"data").is_dir() else folder
     files = sorted(p for p in inside.iterdir()
-                   if _kind(p) and p.name.startswith(split) and not p.name.startswith("."))
+                   if _kind(p) and p.name.startswith(split) and not p.name.startswith(".")
+                   and p.name not in _RECORDS)
     by_kind = [[p for p in files if _kind(p) == k] for k in ("jsonl", "parquet", "txt", "json")]
     files = next(filter(None, by_kind), None)
     if not files:
+        refuse_unfinished(folder)
         named = f" named '{split}...'" if split else ""
         raise InputError(f"{folder}: no .jsonl, .parquet, .txt or .json file{named}. "
                          "Give another folder.")
@@ -223,7 +227,9 @@ def _locate(source):
     name, _, split = str(source).partition("#")
     if Path(str(source)).expanduser().exists(): name, split = str(source), ""
     path = Path(name).expanduser()
-    if not path.exists(): return name, _from_hub(name, split)
+    if not path.exists():
+        refuse_unfinished(path)
+        return name, _from_hub(name, split)
     if path.is_dir() and any((path/f).exists() for f in ("state.json", "dataset_dict.json")):
         return name, _from_disk(path, split)
     if path.is_file() and not _kind(path):

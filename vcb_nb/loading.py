@@ -22,7 +22,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequence
                           AutoTokenizer)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .artifacts import InputError, reason
+from .artifacts import InputError, reason, refuse_unfinished
 from .models import disable_dropout, random_model
 from .tokenizers import same_tokenizer, separate_pad_id, separate_padding
 
@@ -62,6 +62,7 @@ def model_folder(path, # folder, or name on the Hub
     folder = Path(path).expanduser()
     if folder.is_dir(): return folder
     if _names_a_folder(str(path)):
+        refuse_unfinished(folder)
         raise InputError(f"{path}: there is no such model folder. "
                          "Train it first, or correct the path.")
     wanted = _TEXT_FILES + ["*.safetensors"] * weights + ["*.py"] * trust_remote_code
