@@ -346,4 +346,5 @@ def test_any_text_is_a_recipe_or_refused(tmp_path, content):
     [f"{s}.{f}" for s in FIELDS for f in FIELDS[s]]), st.text(max_size=12))
 def test_any_override_is_planned_or_refused(name, key, value):
     try: assert plan(load_recipe(name, {key: value}))
-    except InputError as e: assert_says(str(e), ())
+    except InputError as e:
+        for line in getattr(e, "problems", [str(e)]): assert_says(line, ())

@@ -162,7 +162,7 @@ def test_nothing_fails_late(name, world, pairs, tmp_path):
     "No stage has run, the job that cannot start is named, and each sentence stands alone."
     sections, job, words = late_faults(world, pairs, tmp_path)[name]
     with pytest.raises(InputError) as error: run_recipe(recipe(tmp_path/"run", **sections))
-    said = [line for line in error.value.problems if line.startswith(f"{job}: ")]
+    said = [line for line in error.value.problems if line.startswith(job)]
     assert any(words in line for line in said), error.value.problems
     assert not list((tmp_path/"run").rglob("pending.json"))
     assert not list((tmp_path/"run").rglob("manifest.json"))
@@ -205,6 +205,15 @@ def test_a_full_disk_is_foreseen(world, tmp_path, monkeypatch):
         jobs = plan(recipe(tmp_path, **sections))
         found = find_problems(jobs, plan_states(jobs))
         assert found == {} if enough else "Free some space" in found["calibrate/vcb"][0]
+
+
+def test_one_fault_of_many_jobs_is_said_once(tmp_path):
+    "Every calibration has the same wrong setting: one sentence that counts them."
+    methods = {"vcb": {"sweep": {"gamma": [1, 2, 3]}}, "dpo": {}}
+    with pytest.raises(InputError) as error:
+        plan(recipe(tmp_path, calibrate={"methods": methods, "optim": "adam_w"}))
+    said, = error.value.problems
+    assert said.startswith("calibrate/vcb-gamma1 and 3 more: optim is 'adam_w'.")
 
 
 def test_what_is_done_is_not_looked_at(world, tmp_path):

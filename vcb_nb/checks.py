@@ -12,12 +12,12 @@ import functools, importlib.util, json, shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 
-from vcb_nb.artifacts import InputError
+from vcb_nb.artifacts import InputError, reason
 from vcb_nb.loading import (LOAD_ERRORS, adapter_base, as_dtype, check_weights, load_tokenizer,
                             may_run_code, model_folder, read_config)
-from vcb_nb.models import SMALL
+from vcb_nb.models import new_config, random_model
 from vcb_nb.settings import is_function
 
 # %% ../nbs/foundations/19_checks.ipynb #10c0a006
@@ -65,8 +65,27 @@ def _described_weights(description:str)->int | None:
     try:
         config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
         with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
-    except (*LOAD_ERRORS, AttributeError): return None
+    except (*LOAD_ERRORS, AttributeError, AssertionError): return None
     return sum(p.numel() for p in model.parameters())
+
+class _AnyTokenizer:
+    "Stands for a tokenizer that is still to be trained."
+    bos_token_id = eos_token_id = pad_token_id = 0
+    def __len__(self): return 1
+
+def try_to_build(architecture:str, sizes:dict): # the config
+    "Build a new model on the meta device; `InputError` says which sizes do not go together."
+    config = new_config(_AnyTokenizer(), architecture, **sizes)
+    with torch.device("meta"): random_model(AutoModelForCausalLM, config)
+    return config
+
+def check_schedule(config)->None:
+    "Raise `InputError` unless the settings of the learning-rate schedule can be used."
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.)
+    try: get_scheduler(config.lr_scheduler_type, optimizer, 0, 10, config.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"lr_scheduler_kwargs {config.lr_scheduler_kwargs} cannot be used with "
+                         f"{config.lr_scheduler_type} ({reason(e)}). Correct them.") from None
 
 def count_weights(config)->int | None:
     "Number of weights of the causal LM that a config describes, if that can be known."
@@ -112,12 +131,12 @@ class Sizes(Ahead):
         "The config of a model, or of the model that it will be trained from."
         maker = self.maker(source)
         if maker is None: return self.quietly(_check_shape, source)
-        return self.origin(maker.model) if maker.model else self.new_model(maker)
+        if maker.model: return self.origin(maker.model)
+        return self.quietly(try_to_build, maker.architecture, maker.model_config or {})
 
     def new_model(self, config):
-        "The config of a model that SFT will build, without its vocabulary."
-        sizes = {**SMALL, **(config.model_config or {})}
-        return self.quietly(AutoConfig.for_model, config.architecture, **sizes)
+        "The config of a model that SFT will build, if it can."
+        return self.attempt(try_to_build, config.architecture, config.model_config or {})
 
     def quietly(self, read, *args, **kwargs):
         "What can be read; what cannot is another check's concern."
@@ -144,6 +163,7 @@ class Outlook(Sizes):
         "Packages and disk of a stage that trains a model of this shape."
         for package, setting in needed_packages(config).items():
             self.attempt(check_package, package, setting)
+        if config.lr_scheduler_kwargs: self.attempt(check_schedule, config)
         weights = origin and count_weights(origin)
         size = weights * as_dtype(getattr(config, "dtype", None)).itemsize if weights else 0
         saves = str(getattr(config.save_strategy, "value", config.save_strategy)) != "no"

@@ -75,6 +75,10 @@ class _Parser(argparse.ArgumentParser):
         known, rest = self.parse_known_args(words)
         left = [*known.words, *rest] # argparse takes an unknown option with a space for a word
         known.words = [word for word in left if not word.startswith("--")]
+        short = next((word for word in known.words if word.startswith("-")), None)
+        if short or "--=" in "".join(word[:3] for word in left):
+            raise InputError(f"{self.prog}: '{short or '--'}' is no option. Options begin with two "
+                             f"dashes and a name; {self.prog} --help lists them.")
         return known, dict(word[2:].partition("=")[::2] for word in left if word.startswith("--"))
 
 def _add_common(parser)->None:
@@ -151,6 +155,8 @@ def _run_recipe(args:list)->None:
         raise InputError("vcb run takes one recipe. Recipes that come with the package: "
                          + ", ".join(shipped_recipes()) + ".")
     settings |= {k: v for k, v in vars(own).items() if k in ("output_dir", "seed", "model")}
+    for key, value in {**settings, "upto": own.upto}.items():
+        if value == "": raise InputError(f"--{key} is empty. Give it a value, or leave it out.")
     recipe = load_recipe(own.words[0], settings)
     if own.plan:
         jobs = plan(recipe)
@@ -162,12 +168,12 @@ def _run_recipe(args:list)->None:
 
 def _show_plan(jobs:list)->None:
     "A row per job; `Problems` if any of them cannot start."
-    from vcb_nb.pipeline import find_problems, plan_states, quietly, refuse_impossible
+    from vcb_nb.pipeline import Problems, find_problems, plan_states, quietly
     states = plan_states(jobs)
     with quietly(): problems = find_problems(jobs, states)
     for name, said in states.items():
         print(f"{name:<24} {' '.join(filter(None, said))}{', cannot start' * (name in problems)}")
-    refuse_impossible(problems)
+    if problems: raise Problems(problems)
 
 def _trust(own):
     "What --trust_remote_code does: here and in Python only, no recipe can set it."

@@ -51,22 +51,30 @@ class Job:
 
 # %% ../nbs/runs/03_pipeline.ipynb #30c0a001
 class Problems(InputError):
-    "Everything that is wrong, one sentence each."
-    def __init__(self, problems:list):
-        super().__init__(" ".join(problems))
-        self.problems = problems
+    "Everything that is wrong, each once, with the job that it keeps from starting."
+    def __init__(self, found:dict, # name of a job → sentences
+                 named:bool=True, # begin each with the name of its job?
+                ):
+        jobs = {} # sentence → names
+        for name, sentences in found.items():
+            for said in sentences: jobs.setdefault(said, []).append(name)
+        def line(said, names):
+            more = f" and {len(names) - 1} more" * (len(names) > 1)
+            return f"{names[0]}{more}: {said}" if named else said
+        self.problems = [line(*item) for item in jobs.items()]
+        super().__init__(" ".join(self.problems))
 
 # %% ../nbs/runs/03_pipeline.ipynb #1d5942a5
 def plan(recipe:dict, # a checked recipe
         )->list[Job]: # in the order in which they run
     "The jobs of a recipe."
-    jobs, problems = [], []
+    jobs, problems = [], {}
     for stage in map(find_stage, filter(recipe.__contains__, stage_names(in_recipes=True))):
         at = Files(recipe, tuple(jobs))
         given = _given(stage, at)
         for name, settings in stage.expand(stage, at, "recipe").items():
             try: jobs.append(Job(name, stage, at.run/name, {**given, **settings}))
-            except InputError as e: problems.append(f"{name}: {e}{_remedy(stage, str(e))}")
+            except InputError as e: problems[name] = [f"{e}{_remedy(stage, str(e))}"]
     if problems: raise Problems(problems)
     if not jobs: raise InputError("The recipe has no stage. Give it a section, for example 'data'.")
     return jobs
@@ -167,15 +175,8 @@ def check_jobs(jobs:list, # of a recipe, or one alone
                named:bool=True, # begin each sentence with the name of its job?
               )->None:
     "Raise `Problems` if any job that is not done cannot start."
-    with quietly(): refuse_impossible(find_problems(jobs, plan_states(jobs)), named)
-
-def refuse_impossible(found:dict, # name → sentences
-                      named:bool=True, # begin each with the name of its job?
-                     )->None:
-    "Raise `Problems` if there are any."
-    said = [f"{name}: {problem}" if named else problem
-            for name, problems in found.items() for problem in problems]
-    if said: raise Problems(said)
+    with quietly(): found = find_problems(jobs, plan_states(jobs))
+    if found: raise Problems(found, named)
 
 # %% ../nbs/runs/03_pipeline.ipynb #997fd5b0
 def _versions()->dict:

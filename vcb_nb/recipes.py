@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/runs/recipes.html.md"""
 __all__ = ['check_recipe', 'load_recipe', 'save_recipe']
 
 # %% ../nbs/runs/02_recipes.ipynb #10f12c9c
-import re, typing
+import json, re, typing
 from pathlib import Path
 import yaml
 from .artifacts import InputError, atomic_write, did_you_mean
@@ -82,7 +82,9 @@ def parse_yaml(text:str, where:str):
     "What a YAML text holds; `InputError` says where and why it is none."
     try:
         _check_keys(yaml.compose(text), where)
-        return read_core(text)
+        value = read_core(text)
+        json.dumps(value, skipkeys=True, default=str) # an alias that leads back is a ValueError
+        return value
     except InputError: raise
     except (yaml.YAMLError, ValueError, RecursionError) as e: # ValueError: the 99th of a month
         raise InputError(f"{where}: not YAML ({' '.join(str(e).split())}). Fix it.") from None

@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/runs/stages.html.md"""
 __all__ = ['STAGES', 'Stage', 'find_stage']
 
 # %% ../nbs/runs/01_stages.ipynb #bffc1760
-import re
+import re, typing
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -151,7 +151,12 @@ class Stage:
     def check(self, values:dict, where:str="recipe", beside:tuple=())->dict:
         "Values of the right type, or `InputError`; see `check_values`."
         for key in values if isinstance(values, dict) else (): self._refuse_inner(key, where)
-        return check_values(self.config_class, values, f"{where}: {self.name}", beside)
+        checked = check_values(self.config_class, values, f"{where}: {self.name}", beside)
+        lora, hints = checked.get("peft_config") or {}, {}
+        if lora: hints = typing.get_type_hints(load_object("peft:LoraConfig"))
+        for key in lora.keys() & hints.keys():
+            lora[key] = coerce(lora[key], hints[key], f"{where}: {self.name}.peft_config.{key}")
+        return checked
 
 # %% ../nbs/runs/01_stages.ipynb #5aeda428
 def expand_methods(calibrate:dict, # the calibrate section
