@@ -292,9 +292,7 @@ def main(args:list=None, # words of the command line; by default those of this p
         sys.stdout.flush()
     except BrokenPipeError: # `vcb run demo --plan | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except InputError as e:
-        for problem in getattr(e, "problems", [e]): _say(problem)
-        return 2
+    except InputError as e: return [*map(_say, getattr(e, "problems", [e]))] and 2
     except KeyboardInterrupt as e:
         signum = e.args[0] if isinstance(e, Stopped) else signal.SIGINT
         _say(f"stopped by {signal.Signals(signum).name} in {getattr(e, 'job', 'the preparation')}. "
