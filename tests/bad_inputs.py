@@ -339,6 +339,27 @@ def without_part(source, own):
     return own/"samples"
 
 
+def unfinished(*below):
+    "The folder that a killed stage has left, or something in it that it had not written yet."
+    def make(world, own):
+        (own/"killed").mkdir()
+        write_json(own/"killed"/"pending.json", {"key": "1"})
+        write_json(own/"killed"/"settings.json", {"n": 3})
+        return (own/"killed").joinpath(*below)
+    return make
+
+
+KILLED = ("killed did not finish", "Run that stage again", "it resumes")
+UNFINISHED = [
+    Case("folder of a killed score", "calibrate", {"candidates": unfinished()}, KILLED),
+    Case("folder of a killed sample", "score", {"candidates": unfinished()}, KILLED),
+    Case("data of a killed stage", "score", {"candidates": unfinished("data")}, KILLED),
+    Case("file of a killed stage", "sample", {"prompts": unfinished("files", "p.jsonl")}, KILLED),
+    Case("model of a killed training", "sample", {"policy": unfinished("model")}, KILLED),
+    Case("judge of a killed training", "score", {"reward": unfinished("model")}, KILLED),
+]
+
+
 def policy(name, change, *says, stage="sample", key="policy"):
     return Case(name, stage, {key: changed_copy("policy", change)}, ("model", *says))
 
@@ -484,7 +505,7 @@ VALUES = [
          env={"RANK": "4", "WORLD_SIZE": "2"}),
 ]
 
-CASES = [*FILES, *CANDIDATES, *MODELS, *VALUES]
+CASES = [*FILES, *CANDIDATES, *UNFINISHED, *MODELS, *VALUES]
 
 
 # ---- recipes: text of the file, words of the message
@@ -501,11 +522,12 @@ RECIPES = {
     "unknown LoRA setting": ("calibrate: {peft_config: {lora_alfa: 3}}", "lora_alfa",
                              "Did you mean 'lora_alpha'?"),
     "unknown size of a model": (
-        "sft: {model: null, tokenizer: t, model_config: {hiden_size: 3}}", "hiden_size",
+        "sft: {data: d, model: null, tokenizer: t, model_config: {hiden_size: 3}}", "hiden_size",
         "Did you mean 'hidden_size'?"),
     "γ = 0 in a sweep": ("calibrate: {methods: {vcb: {sweep: {gamma: [1, 0]}}}}", "gamma",
                          "positive"),
-    "greedy samples": ("sample: {temperature: 0, n: 4}", "temperature 0", "Set n to 1"),
+    "greedy samples": ("model: m\nsample: {prompts: p, temperature: 0, n: 4}", "temperature 0",
+                       "Set n to 1"),
     "methods as a list": ("calibrate: {methods: [vcb]}", "methods", "map a name"),
     "method as a number": ("calibrate: {methods: {vcb: 3}}", "vcb", "mapping"),
     "method named by a number": ("calibrate: {methods: {3: {}}}", "3"),
@@ -516,7 +538,6 @@ RECIPES = {
     "policies that are numbers": ("evaluate: {policies: {a: 1}}", "policies", "string"),
     "NaN": ("sft: {learning_rate: .nan}", "sft.learning_rate", "nan"),
     "number without end": ("sample: {n: 1" + "0" * 400 + "}", "sample.n"),
-    "date that is none": ("name: 2001-99-99", "YAML"),
     "nested too deep": ("a: " + "[" * 1000, "my.yaml"),
     "nothing to do": ("name: idle", "no stage"),
     "not UTF-8": (b"name: caf\xe9", "UTF-8"),
@@ -524,6 +545,35 @@ RECIPES = {
     "tab": ("sample:\n\tn: 3", "YAML", "line 2"),
     "two documents": ("name: a\n---\nname: b", "YAML"),
     "key given twice": ("sample: {n: 3}\nscore: {}\nsample: {n: 4}", "sample", "twice"),
+    "model as a number": ("model: 3\nreport: {}", "model is 3", "string"),
+    "model as a list": ("model: [a]\nreport: {}", "model is ['a']", "string"),
+    "empty model": ("model: ''\nsample: {prompts: p}", "policy is not set", "at the top"),
+    "model and tokenizer": ("model: m\ntokenizer: {}", "model is 'm'", "Leave one of them out"),
+    "model given twice": ("model: m\nmodel: n\nreport: {}", "'model' is given twice"),
+    "stage without inputs": ("model: m\nsample:", "prompts is not set", "the section data"),
+    "candidates from nowhere": ("model: m\nscore: {reward: 'bad_inputs:length'}",
+                                "candidates is not set", "the section sample or score"),
+    "prompts as a list": ("model: m\nsample: {prompts: [a]}", "sample.prompts", "string"),
+    "pairs as a text": ("data: {pairs: p.jsonl}", "data.pairs", "list"),
+    "policies as a list": ("model: m\nevaluate: {prompts: p, policies: [a]}", "policies",
+                           "mapping"),
+    "world as a list": ("data: {world: [1]}", "data.world", "mapping"),
+    "seed of the world as a text": ("data: {world: {seed: x}}", "world.seed", "whole number"),
+    "half a prompt": ("data: {world: {ood: 3.5}}", "world.ood", "whole number"),
+    "method without a name": ("calibrate: {methods: {'': {}}}", "the method ''", "folder's name"),
+    "loss as a number": ("calibrate: {methods: {a: {loss: 3}}}", "loss is 3", "string"),
+    "γ beside loss_params": ("calibrate: {gamma: .5}", "calibrate.gamma",
+                             "loss_params: {gamma: …}"),
+    "LoRA's rank beside peft_config": ("sft: {lora_alpha: 8}", "--peft_config.lora_alpha"),
+    "LoRA's rank in words": ("sft: {peft_config: {r: four}}", "peft_config.r", "whole number"),
+    "LoRA as a list": ("sft: {peft_config: []}", "peft_config", "mapping"),
+    "reporter that is no": ("model: m\nsft: {data: d, report_to: no}", "report_to is 'no'",
+                            "Did you mean 'none'?"),
+    "list within itself": ("data: &x [*x]", "my.yaml", "Circular"),
+    "alias of nothing": ("sample: *nothing", "YAML", "undefined alias"),
+    "merge of a number": ("<<: 3\nreport: {}", "YAML", "merging"),
+    "another version of YAML": ("%YAML 9.9\n---\na: 1", "YAML", "version"),
+    "a set": ("!!set {a, b}", "holds no settings"),
     "Python object": ("name: !!python/object:os.system x", "YAML"),
 }
 
@@ -544,5 +594,24 @@ COMMAND_LINES = {
     "no output folder": (["score", "--candidates", "{scored}"], "output_dir"),
     "calibrate without anything": (["calibrate", "--output_dir", "{own}/o"], "model is not set"),
     "report without a run": (["report", "--output_dir", "{own}/o"], "run is not set"),
+    "two recipes": (["run", "demo", "lesson"], "takes one recipe"),
+    "recipe without a name": (["run", ""], "no recipe file ''"),
+    "folder for a recipe": (["run", "{own}"], "no recipe file"),
+    "no output folder by an empty text": (["run", "demo", "--output_dir", ""],
+                                          "--output_dir is empty"),
+    "nothing to stop at": (["run", "demo", "--upto", ""], "--upto is empty"),
+    "option with one dash": (["run", "demo", "-x"], "'-x' is no option"),
+    "option without a name": (["run", "demo", "--=3"], "'--' is no option"),
+    "option given twice": (["sample", "--n", "3", "--n=4"], "--n is given twice"),
+    "value that a flag has not": (["run", "demo", "--plan=perhaps"], "'perhaps' is not yes or no"),
+    "losses that there are": (["calibrate", "--loss", "simpo", "--output_dir", "{own}/o"],
+                              "The losses are", "rrhf"),
+    "sizes that do not go together": (
+        ["run", "demo", "--plan", "--sft.model_config.hidden_size", "97", "--output_dir",
+         "{own}/o"], "sft: gpt_neox cannot be built", "divisible"),
+    "schedule of a text": (
+        ["run", "demo", "--plan", "--reward.lr_scheduler_type", "cosine_with_restarts",
+         "--reward.lr_scheduler_kwargs.num_cycles", "x", "--output_dir", "{own}/o"],
+        "reward: lr_scheduler_kwargs", "Correct them"),
     "field of a field": (["run", "demo", "--sample.n.m", "3"], "n", "no fields"),
 }

@@ -13,6 +13,7 @@ LAYERS = [["losses"], ["worlds"], ["plots"], ["figures", "explorables"], ["widge
           ["tokenizers"],
           ["models"], ["adapters"], ["loading"], ["saving", "batches"],
           ["packing", "preflight"], ["prepare", "logprobs", "training", "measures"], ["judges"],
+          ["checks"],
           ["sft", "reward", "sample", "calibrate"], ["score"], ["evaluate"], ["diagnosis"],
           ["live"], ["stages"], ["recipes"], ["pipeline"], ["report"], ["cli"]]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -4,8 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from tiny_models import make_tokenizer
 from vcb_nb import __version__
+from vcb_nb.artifacts import read_manifest
 from vcb_nb.cli import join_options, main
+from vcb_nb.models import new_policy
+from vcb_nb.saving import save_model
 from vcb_nb.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +89,45 @@ def test_bad_input(capsys, tmp_path, words, want):
     assert status == 2 and want in err and err.startswith("vcb: ") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("words, want", [
+    (["--gamma", ".5"], "calibrate.gamma is not a setting of its own. It stands in loss_params"),
+    (["--lora_alpha", "8"], "--peft_config.lora_alpha on the command line"),
+    (["--loss", "simpo"], "The losses are vcb, "),
+    (["--model", "a", "--model=b"], "--model is given twice. Give it once"),
+    (["--loss_params.gama", "1"], "Did you mean 'gamma'?")])
+def test_the_place_of_a_setting_is_named(capsys, tmp_path, words, want):
+    status, _, err = said(capsys, "calibrate", *words, "--output_dir", tmp_path/"o")
+    assert status == 2 and want in err and err.count("\n") == 1
+
+
+def test_the_dotted_form_is_taken_everywhere(capsys, tmp_path):
+    "Inside a mapping, and with the stage's name before the setting; a folder's name is literal."
+    (tmp_path/"a.txt").write_text("a few words " * 50)
+    out = tmp_path/"run #2"
+    assert said(capsys, "tokenizer", "--tokenizer.data", tmp_path/"a.txt", "--vocab_size", "260",
+                "--output_dir", out)[0] == 0 and (out/"manifest.json").exists()
+    status, _, err = said(capsys, "calibrate", "--loss_params.gamma", "0", "--output_dir", out)
+    assert status == 2 and "gamma" in err and "positive" in err
+    status, _, err = said(capsys, "sft", "--model_config.hiden_size", "8", "--data", "d",
+                          "--tokenizer", "t", "--output_dir", out)
+    assert status == 2 and "Did you mean 'hidden_size'?" in err
+
+
+def test_torchrun_starts_the_command(tmp_path):
+    "Two processes share the parts of a stage; after `--`, `--n` is no option of torchrun's."
+    tokenizer = make_tokenizer("<|padding|>", pad_token="<|padding|>")
+    model = new_policy(tokenizer, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    policy = save_model(model, tokenizer, tmp_path/"policy")
+    (tmp_path/"p.jsonl").write_text('{"prompt": "The soup"}\n{"prompt": "A room"}\n')
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--", "-m",
+               "vcb_nb", "sample", "--n", "2", "--policy", policy, "--prompts", tmp_path/"p.jsonl",
+               "--max_new_tokens", "2", "--shard_size", "1", "--output_dir", tmp_path/"s"]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(tmp_path/"s")["summary"]["samples"] == 4
+    assert len(list((tmp_path/"s"/"data").glob("part-*-of-00002.jsonl"))) == 2
+
+
 PAIR = '{"prompt": "a", "chosen": " b", "rejected": " c"}\n'
 FILES = {"missing column": ('{"prompt": "a", "choosen": " b", "rejected": " c"}\n', "chosen"),
          "empty file": ("", "empty"),
@@ -109,7 +152,9 @@ def test_bad_reward_in_candidates(capsys, tmp_path, value):
     path.write_text(row % 3 + row % value)
     status, _, err = said(capsys, "calibrate", "--candidates", path, "--model", tmp_path,
                           "--output_dir", tmp_path/"out")
-    assert status == 2 and "reward" in err and "scored.jsonl:2:" in err and err.count("\n") == 1
+    lines = err.splitlines() # the second names the model, which is none
+    assert status == 2 and "scored.jsonl:2: reward" in lines[0] and len(lines) == 2
+    assert all(line.startswith("vcb: ") for line in lines)
 
 
 def test_options():

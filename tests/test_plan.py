@@ -1,14 +1,16 @@
 """A plan knows what can be known: recipes that lack a section work from start to report, and
 whatever would fail later is said before anything runs."""
-import json, sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from bad_inputs import PROMPTS, TRAINING, build_world
 from vcb_nb.artifacts import InputError, read_json, read_manifest, write_jsonl
-from vcb_nb.pipeline import plan, run_recipe
-from vcb_nb.recipes import check_recipe
+from vcb_nb.cli import main
+from vcb_nb.loading import load_policy
+from vcb_nb.pipeline import find_problems, plan, plan_states, run_recipe
+from vcb_nb.recipes import check_recipe, save_recipe
 
 TINY = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
             max_position_embeddings=96)
@@ -48,15 +50,12 @@ def partial_recipes(world, pairs):
         "no data": (dict(model=policy, sample={"prompts": prompts, **SHORT}, score=score,
                          calibrate=CALIBRATE, evaluate=judged(prompts), report={}),
                     [*held_out, "calibrate/vcb", "evaluate", "report"]),
-        "candidates only": (dict(model=policy, calibrate={"candidates": scored, **CALIBRATE},
-                                 report={}), ["calibrate/vcb", "report"]),
+        "candidates only": (dict(model=policy, score={"candidates": scored}, calibrate=CALIBRATE,
+                                 report={}), ["score", "calibrate/vcb", "report"]),
         "candidates and a judge": (dict(
             calibrate={"candidates": scored, "model": policy, **CALIBRATE},
             evaluate={**judged(prompts), "gold": "bad_inputs:length"}, report={}),
             ["calibrate/vcb", "evaluate", "report"]),
-        "candidates to score": (dict(
-            model=policy, score={"candidates": str(world["policy_samples"]), **score},
-            calibrate=CALIBRATE, report={}), ["score", "calibrate/vcb", "report"]),
         "no sft, no reward, no prompts of another domain": (dict(
             model=policy, data={"world": sizes}, sample=SHORT, score={}, calibrate=CALIBRATE,
             evaluate=evaluate, report={}),
@@ -71,7 +70,7 @@ def partial_recipes(world, pairs):
 
 
 NAMES = list(partial_recipes(dict.fromkeys(
-    ("policy", "prompts", "scored", "policy_samples")), ""))
+    ("policy", "prompts", "scored")), ""))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -107,3 +106,123 @@ def test_the_model_is_named_once(world, tmp_path):
 def test_a_named_model_has_its_own_tokenizer(tmp_path):
     with pytest.raises(InputError, match="model is 'mine'.*section tokenizer.*Leave one"):
         recipe(tmp_path, model="mine", tokenizer={})
+
+
+# ---- what can be known is said before anything runs
+
+def late_faults(world, pairs, folder):
+    """Recipes whose first stages are right, with the job that could not start and what is said.
+    Each of them is found today by a stage of its own only."""
+    policy, prompts, scored = (str(world[name]) for name in ("policy", "prompts", "scored"))
+    ids = write_jsonl(folder/"no_prompt.jsonl", [{"text": "a"}])
+    empty = write_jsonl(folder/"empty.jsonl", [])
+    unscored = write_jsonl(folder/"n_best.jsonl", [{"prompt": "a", "completions": [" b", " c"]}])
+    right = dict(model=policy, sample={"prompts": prompts, **SHORT},
+                 score={"reward": "bad_inputs:length"}, calibrate=CALIBRATE,
+                 evaluate=judged(prompts))
+    def last(**settings): return {**right, "evaluate": {**right["evaluate"], **settings}}
+    def calibrate(**settings): return {**right, "calibrate": {**CALIBRATE, **settings}}
+    return {
+        "missing prompts": (last(prompts="nowhere.jsonl"), "sample_validation", "nowhere.jsonl"),
+        "empty prompts": (last(ood_prompts=str(empty)), "evaluate", "empty.jsonl: no rows"),
+        "a column is missing": (last(ood_prompts=str(ids)), "evaluate", "no column 'prompt'"),
+        "missing judge": (last(gold="nobody/judge/model"), "evaluate", "nobody/judge/model"),
+        "missing policy": (last(policies={"x": "no/such/model"}), "evaluate", "no/such/model"),
+        "held-out candidates without rewards": (calibrate(eval_candidates=str(unscored)),
+                                                "calibrate/vcb", "no column 'rewards'"),
+        "no reference log-probabilities": (
+            dict(model=policy, score={"candidates": scored, "reference": None},
+                 calibrate=CALIBRATE), "calibrate/vcb", "will have no column 'ref_logps'"),
+        "longer than the model reads": (last(max_new_tokens=200), "evaluate",
+                                        "max_new_tokens is 200, but the model reads at most 96"),
+        "longer than the model to be trained reads": (
+            dict(data={"pairs": [pairs], "test_share": .3, "validation_share": .2},
+                 tokenizer={"vocab_size": 300},
+                 sft={"model_config": TINY, **LENGTHS, **TRAINING},
+                 sample={**SHORT, "max_new_tokens": 97}, score={"reward": "bad_inputs:length"}),
+            "sample", "max_new_tokens is 97, but the model reads at most 96"),
+        "an empty split": (dict(data={"pairs": [pairs], "test_share": 1e-9, "validation_share": .2},
+                                tokenizer={}), "data", "'pairs_test' came out empty"),
+        "an optimizer's package": (calibrate(optim="galore_adamw", optim_target_modules=["x"]),
+                                   "calibrate/vcb", "galore"),
+        "a reporter's package": (calibrate(report_to="comet_ml"), "calibrate/vcb", "comet"),
+        "no policy": ({"sample": {"prompts": prompts}}, "sample", "Name the model at the top"),
+        "no prompts": ({**right, "evaluate": SHORT}, "evaluate",
+                       "Give evaluate.prompts, or the section data"),
+        "no candidates": (dict(model=policy, calibrate=CALIBRATE), "calibrate/vcb",
+                          "candidates is not set")}
+
+
+FAULTS = list(late_faults(dict.fromkeys(("policy", "prompts", "scored")), "",
+                          Path(tempfile.mkdtemp())))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_nothing_fails_late(name, world, pairs, tmp_path):
+    "No stage has run, the job that cannot start is named, and each sentence stands alone."
+    sections, job, words = late_faults(world, pairs, tmp_path)[name]
+    with pytest.raises(InputError) as error: run_recipe(recipe(tmp_path/"run", **sections))
+    said = [line for line in error.value.problems if line.startswith(job)]
+    assert any(words in line for line in said), error.value.problems
+    assert not list((tmp_path/"run").rglob("pending.json"))
+    assert not list((tmp_path/"run").rglob("manifest.json"))
+
+
+def write_recipe(folder, **sections):
+    return str(save_recipe({"output_dir": str(folder/"run"), **sections}, folder/"r.yaml"))
+
+
+def test_all_problems_are_said_together(world, tmp_path, capsys):
+    "One line each on standard error, status 2, a table that marks the jobs, and nothing written."
+    path = write_recipe(tmp_path, model=str(world["policy"]), sample={
+        "prompts": "nowhere.jsonl", **SHORT}, score={"reward": "no/judge/model"}, report={})
+    for words in (["--plan"], []):
+        status = main(["run", path, *words])
+        out, err = capsys.readouterr()
+        lines = [line for line in err.splitlines() if line.startswith("vcb: ")]
+        assert status == 2 and len(lines) == 2 and not list(tmp_path.rglob("manifest.json"))
+        assert "vcb: sample: nowhere.jsonl" in lines[0] and "vcb: score: no/judge" in lines[1]
+        table = {line.split()[0]: line for line in out.splitlines()}
+        if words: assert [name for name in table if "cannot start" in table[name]] == [
+            "sample", "score"]
+
+
+def test_a_plan_without_problems_ends_with_0(world, tmp_path, capsys):
+    path = write_recipe(tmp_path, model=str(world["policy"]), sample={
+        "prompts": str(world["prompts"]), **SHORT})
+    assert main(["run", path, "--plan"]) == 0
+    assert capsys.readouterr().out.split() == ["sample", "new"]
+
+
+def test_a_full_disk_is_foreseen(world, tmp_path, monkeypatch):
+    "The estimate follows the model's size, and counts a model that is still to be trained."
+    import vcb_nb.checks as checks
+    sections = dict(model=str(world["policy"]), calibrate={
+        "candidates": str(world["scored"]), **CALIBRATE})
+    weights = sum(t.numel() for t in load_policy(world["policy"]).parameters())
+    for free, enough in ((4 * 4 * weights, True), (4 * 4 * weights - 1, False)):
+        monkeypatch.setattr(checks, "free_space", lambda folder: free)
+        jobs = plan(recipe(tmp_path, **sections))
+        found = find_problems(jobs, plan_states(jobs))
+        assert found == {} if enough else "Free some space" in found["calibrate/vcb"][0]
+
+
+def test_one_fault_of_many_jobs_is_said_once(tmp_path):
+    "Every calibration has the same wrong setting: one sentence that counts them."
+    methods = {"vcb": {"sweep": {"gamma": [1, 2, 3]}}, "dpo": {}}
+    with pytest.raises(InputError) as error:
+        plan(recipe(tmp_path, calibrate={"methods": methods, "optim": "adam_w"}))
+    said, = error.value.problems
+    assert said.startswith("calibrate/vcb-gamma1 and 3 more: optim is 'adam_w'.")
+
+
+def test_what_is_done_is_not_looked_at(world, tmp_path):
+    "A finished stage needs its input no more; a later fault leaves its result alone."
+    write_jsonl(tmp_path/"prompts.jsonl", [{"prompt": "The soup"}])
+    sections = dict(model=str(world["policy"]), sample={
+        "prompts": str(tmp_path/"prompts.jsonl"), **SHORT})
+    run_recipe(recipe(tmp_path/"run", **sections))
+    before = read_manifest(tmp_path/"run"/"sample")
+    with pytest.raises(InputError, match="score: no/judge") as error:
+        run_recipe(recipe(tmp_path/"run", **sections, score={"reward": "no/judge/model"}))
+    assert len(error.value.problems) == 1 and read_manifest(tmp_path/"run"/"sample") == before

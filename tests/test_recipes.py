@@ -3,7 +3,7 @@ remedy."""
 import pytest, yaml
 
 from vcb_nb.artifacts import InputError
-from vcb_nb.recipes import apply_override, find_recipe, load_recipe, save_recipe
+from vcb_nb.recipes import apply_override, find_recipe, load_recipe, read_core, save_recipe
 from vcb_nb.stages import expand_methods, find_stage
 
 BAD = {"unknown section": ("sampel: {n: 8}", "'sampel' is not a section. Did you mean 'sample'?"),
@@ -46,6 +46,54 @@ def test_scientific_notation_is_a_number():
     "YAML 1.1 reads 1e-3 as a text: a trap for every learning rate."
     assert yaml.safe_load("1e-3") == "1e-3"
     assert find_stage("sft").check({"learning_rate": "1e-3"}) == {"learning_rate": 1e-3}
+
+
+MEANT = {"1e-6": 1e-6, "-.5": -.5, "1e3": 1e3, "3": 3, "010": 10, "0o17": 15, "0xff": 255,
+         ".inf": float("inf"), "true": True, "False": False, "null": None, "~": None, "": None,
+         "no": "no", "yes": "yes", "on": "on", "1_000": "1_000", "2024-05-01": "2024-05-01",
+         "1:30": "1:30", "0b11": "0b11", "1e": "1e", "<<": "<<", "=": "="}
+
+
+@pytest.mark.parametrize("text, value", MEANT.items())
+def test_yaml_is_read_as_1_2(text, value, tmp_path):
+    """At any depth, free mappings included; and what is written, as numbers or as strings, is read
+    as it was, by us and by the readers of YAML 1.1."""
+    if text != "<<": # the one key that YAML 1.2 knows
+        found = read_core(f"a: {{b: [{text or '~'}]}}")["a"]["b"][0]
+        assert found == value and type(found) is type(value)
+    for kept in (text, value):
+        path = save_recipe({"a": {"b": kept}}, tmp_path/"r.yaml")
+        for read in (read_core, yaml.safe_load):
+            again = read(path.read_text())["a"]["b"]
+            assert again == kept and type(again) is type(kept)
+
+
+@pytest.mark.parametrize("value", ["no", "steps", "epoch"])
+def test_words_reach_their_setting(value, tmp_path):
+    "`save_strategy: no` is the word that transformers wants, and yes is still true for a switch."
+    (tmp_path/"r.yaml").write_text(f"sft: {{save_strategy: {value}, use_cpu: yes, bf16: off, "
+                                   "peft_config: {r: 4, lora_dropout: 1e-1}}")
+    sft = load_recipe(str(tmp_path/"r.yaml"))["sft"]
+    assert sft["save_strategy"] == value and (sft["use_cpu"], sft["bf16"]) == (True, False)
+    assert sft["peft_config"]["lora_dropout"] == .1
+
+
+@pytest.mark.parametrize("key, text, value", [
+    ("sample.policy", "c/run #2", "c/run #2"), ("output_dir", "2024-05-01", "2024-05-01"),
+    ("sample.prompts", "[a].jsonl", "[a].jsonl"), ("name", "3", "3"),
+    ("sample.dtype", "null", None),
+    ("sample.policy", '"quoted"', '"quoted"'), ("sft.data", "{x}: y", "{x}: y"),
+    ("data.pairs", "[a].jsonl", ["[a].jsonl"]), ("data.pairs", "a #1.jsonl", ["a #1.jsonl"]),
+    ("data.pairs", "[a.jsonl, b.jsonl]", ["a.jsonl", "b.jsonl"]),
+    ("evaluate.policies.a", "m: #1", "m: #1"), ("calibrate.methods.v.candidates", "[x]", "[x]"),
+    ("sft.report_to", "[tensorboard, wandb]", ["tensorboard", "wandb"]),
+    ("sft.lr_scheduler_kwargs", "{min_lr: 1e-6}", {"min_lr": 1e-6}),
+    ("calibrate.methods.v.loss_params.gamma", ".5", .5), ("sample.n", "16", 16)])
+def test_texts_of_the_command_line_are_literal(key, text, value):
+    "Strings are taken as they are typed, by the type of their setting; the rest is read as YAML."
+    found = apply_override({}, key, text)
+    for part in key.split("."): found = found[part]
+    assert found == value and type(found) is type(value)
 
 
 def test_every_training_argument_is_a_key():

@@ -29,7 +29,9 @@ CALLS = {"eval", "exec", "compile", "__import__"}
 MODULES = {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
 ATTRIBUTES = {("os", "system"), ("os", "popen"), ("torch", "load"), ("subprocess", "getoutput"),
               ("subprocess", "getstatusoutput")}
-SAFE_YAML = {"compose", "safe_load", "safe_dump", "YAMLError"}
+# A subclass of SafeLoader makes plain data only; what is dumped is not run.
+SAFE_YAML = {"compose", "safe_load", "safe_dump", "YAMLError", "SafeLoader", "SafeDumper",
+             "dump_all"}
 SWITCHES = {"shell": True, "trust_remote_code": True, "allow_pickle": True, "weights_only": False,
             "use_safetensors": False}
 

@@ -170,6 +170,14 @@ def finished_stages(run)->list: # names relative to the run folder, in the order
     found = sorted(Path(run).rglob(MANIFEST), key=lambda p: p.stat().st_mtime_ns)
     return [p.parent.relative_to(run).as_posix() for p in found]
 
+# %% ../nbs/foundations/01_artifacts.ipynb #70c0a002
+def refuse_unfinished(path)->None:
+    "Raise `InputError` where a path belongs to a stage that has not finished."
+    for folder in (Path(path), *Path(path).parents[:2]):
+        if (folder/MANIFEST).exists() or not (folder/PENDING).exists(): continue
+        raise InputError(f"{path} is not there to be read: the stage that writes {folder} did not "
+                         "finish. Run that stage again with the same settings: it resumes.")
+
 # %% ../nbs/foundations/01_artifacts.ipynb #8a6e570a
 LOCK, OWNER = ".lock", ".lock.owner"
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 from .adapters import check_lora, fresh_adapter
-from .artifacts import InputError
+from .artifacts import InputError, did_you_mean
 from .batches import check_dataset
 from .data import attach_ids, chat_candidates, check_stored_ids, load_candidates
 from .loading import (QuantizedLoading, at_revision, check_same_tokenizer, load_policy,
@@ -41,7 +41,9 @@ METRICS = ("loss", "calibration/r2", "calibration/slope", "calibration/correlati
 
 def check_loss_params(name:str, params:dict)->None:
     "Raise `InputError` unless `name` is a registered loss and `params` are fit for it."
-    check_choice("loss", name, LOSSES)
+    if name not in LOSSES:
+        raise InputError(f"loss is {name!r}. {did_you_mean(name, LOSSES)} "
+                         f"The losses are {', '.join(LOSSES)}.")
     for key, value in params.items():
         check_choice(f"A key of loss_params for '{name}'", key, LOSSES[name].params)
         if isinstance(LOSSES[name].params[key], float) and not isinstance(value, (int, float)):
@@ -563,6 +565,22 @@ def last_metrics(history:list)->dict:
     "The metrics of the last training log."
     row = next((row for row in reversed(history) if "loss" in row), {})
     return {k: v for k, v in row.items() if k not in ("epoch", "step")}
+
+# %% ../nbs/stages/06_calibrate.ipynb #20c0a008
+def _load_scored(source): return load_candidates(source, need=("rewards",))
+
+def check_calibrate(config:CalibrationConfig, ahead)->None:
+    "What can be known before the training."
+    missing = [name for name in ("model", "candidates") if not getattr(config, name)]
+    if missing: return ahead.attempt(load_split, config)
+    for source in (config.candidates, config.eval_candidates):
+        rows, maker = ahead.data(source, _load_scored), ahead.maker(source)
+        if rows is not None: ahead.attempt(check_columns, rows, config.reference)
+        if maker and config.reference == "stored" and not getattr(maker, "reference", None):
+            ahead.problems.append(f"{source} will have no column 'ref_logps'. "
+                                  + REMEDY["ref_logps"])
+    for model in (config.model, config.reference_model): ahead.model(model)
+    ahead.training(config, ahead.origin(config.model))
 
 # %% ../nbs/stages/06_calibrate.ipynb #9197c490
 def calibrate(config:CalibrationConfig)->dict: # JSON-able summary

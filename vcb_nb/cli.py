@@ -8,12 +8,12 @@ Docs: https://vcb-nb.github.io/vcb_nb/runs/cli.html.md"""
 __all__ = ['main']
 
 # %% ../nbs/runs/05_cli.ipynb #797aa881
-import argparse, dataclasses, inspect, logging, os, shlex, signal, sys, typing
+import argparse, dataclasses, inspect, logging, os, re, shlex, signal, sys, typing
 from contextlib import nullcontext
 from pathlib import Path
 from . import __version__
 from .artifacts import InputError, did_you_mean, disk_refusal, run_lock
-from .recipes import load_recipe, parse_yaml, shipped_recipes
+from .recipes import apply_override, load_recipe, shipped_recipes
 from .stages import find_stage, stage_names
 
 # %% ../nbs/runs/05_cli.ipynb #6f513a11
@@ -35,6 +35,13 @@ def join_options(args:list, # words of the command line
             if not given: value = "true" if bare else args.pop(0)
             joined.append(f"--{key.replace('-', '_')}={value}")
     return joined
+
+def refuse_repeated(words:list)->None:
+    "Raise `InputError` for an option that is given twice: either value may be the one meant."
+    keys = [word.partition("=")[0] for word in words if word.startswith("--")]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice: raise InputError(f"{twice} is given twice. Give it once; several values of a list "
+                               f"go in brackets, as in {twice} '[a, b]'.")
 
 def truth(text:str)->bool:
     "What the value of a flag says."
@@ -63,9 +70,15 @@ class _Parser(argparse.ArgumentParser):
     def read(self, args:list, also:set=frozenset())->tuple: # (namespace, other options)
         "Parse the words; options that the parser does not know are given back as a dict."
         flags = {a.dest for a in self._actions if a.type is truth} | also
-        known, rest = self.parse_known_args(join_options(args, flags))
+        words = join_options(args, flags)
+        refuse_repeated(words)
+        known, rest = self.parse_known_args(words)
         left = [*known.words, *rest] # argparse takes an unknown option with a space for a word
         known.words = [word for word in left if not word.startswith("--")]
+        short = next((word for word in known.words if word.startswith("-")), None)
+        if short or "--=" in "".join(word[:3] for word in left):
+            raise InputError(f"{self.prog}: '{short or '--'}' is no option. Options begin with two "
+                             f"dashes and a name; {self.prog} --help lists them.")
         return known, dict(word[2:].partition("=")[::2] for word in left if word.startswith("--"))
 
 def _add_common(parser)->None:
@@ -85,7 +98,8 @@ def run_parser()->_Parser:
             seed="seed of every stage for which the recipe sets none",
             model="the model that every stage starts from, where the recipe trains none").items():
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=help)
-    parser.add_flag("plan", "list the jobs and their states, and do nothing")
+    parser.add_flag("plan", "list the jobs, their states and what keeps any of them from starting; "
+                    "do nothing")
     _add_common(parser)
     parser.epilog = "\n".join([
         "Any setting of any stage can be given as --STAGE.SETTING VALUE, for example",
@@ -136,19 +150,30 @@ def _run_recipe(args:list)->None:
     "`vcb run`."
     own, settings = run_parser().read(args)
     if own.help: return print(run_parser().format_help())
-    from vcb_nb.pipeline import plan, plan_states, run_recipe
+    from vcb_nb.pipeline import plan, run_recipe, up_to
     if len(own.words) != 1:
         raise InputError("vcb run takes one recipe. Recipes that come with the package: "
                          + ", ".join(shipped_recipes()) + ".")
     settings |= {k: v for k, v in vars(own).items() if k in ("output_dir", "seed", "model")}
+    for key, value in {**settings, "upto": own.upto}.items():
+        if value == "": raise InputError(f"--{key} is empty. Give it a value, or leave it out.")
     recipe = load_recipe(own.words[0], settings)
     if own.plan:
-        states = plan_states(plan(recipe)).items()
-        return print("\n".join(f"{name:<24} {' '.join(said)}" for name, said in states))
+        jobs = plan(recipe)
+        return _show_plan(up_to(jobs, own.upto) if own.upto else jobs)
     with _trust(own): states = run_recipe(recipe, own.upto, own.redo)
     report = Path(recipe["output_dir"])/"report"/"index.html"
     if set(states.values()) == {"done"}: print("Everything is up to date; nothing was done.")
     if report.exists(): print(f"Report: {report}")
+
+def _show_plan(jobs:list)->None:
+    "A row per job; `Problems` if any of them cannot start."
+    from vcb_nb.pipeline import Problems, find_problems, plan_states, quietly
+    states = plan_states(jobs)
+    with quietly(): problems = find_problems(jobs, states)
+    for name, said in states.items():
+        print(f"{name:<24} {' '.join(filter(None, said))}{', cannot start' * (name in problems)}")
+    if problems: raise Problems(problems)
 
 def _trust(own):
     "What --trust_remote_code does: here and in Python only, no recipe can set it."
@@ -170,12 +195,14 @@ def _run_stage(name:str, args:list)->None:
 
 def _read_stage(stage, args:list)->tuple: # (namespace, settings)
     hints = typing.get_type_hints(stage.config_class)
+    own_name = re.compile(rf"--{stage.name}\.")
+    args = [own_name.sub("--", word) for word in args] # --sample.n, which torchrun leaves alone
     own, unknown = stage_parser(stage).read(args, {k for k, h in hints.items() if h is bool})
     return own, {**{k: v for k, v in vars(own).items() if k in hints}, **unknown}
 
 def _stage_of_recipe(stage, recipe_name:str, settings:dict, redo:bool)->None:
     "Run the jobs of one stage of a recipe; its inputs must be there."
-    from vcb_nb.pipeline import plan, run_job
+    from vcb_nb.pipeline import check_jobs, plan, run_job
     from vcb_nb.shards import rank_and_world
     top = {k: settings.pop(k) for k in ("output_dir",) if k in settings}
     recipe = load_recipe(recipe_name, {**top, **{f"{stage.name}.{k}": v
@@ -183,17 +210,23 @@ def _stage_of_recipe(stage, recipe_name:str, settings:dict, redo:bool)->None:
     jobs = [job for job in plan(recipe) if job.stage is stage]
     if not jobs: raise InputError(f"{recipe_name} has no stage '{stage.name}'.")
     with nullcontext() if rank_and_world()[0] else run_lock(recipe["output_dir"]):
+        check_jobs(jobs)
         for job in jobs: run_job(job, redo)
 
 def _stage_alone(stage, settings:dict, redo:bool)->None:
     "Run one stage from options only."
-    from vcb_nb.pipeline import Job, run_job
-    settings = {k: parse_yaml(v, f"--{k}") for k, v in settings.items()}
-    settings = stage.check(settings, f"vcb {stage.name}")
+    from vcb_nb.shards import rank_and_world
+    from vcb_nb.pipeline import Job, check_jobs, run_job
+    given = {}
+    for key, value in settings.items():
+        apply_override(given, f"{stage.name}.{key}", value, f"--{key}")
+    settings = stage.check(given.get(stage.name), f"vcb {stage.name}")
     folder = settings.pop("output_dir", None)
     if not folder:
         raise InputError(f"vcb {stage.name} needs --output_dir FOLDER, or a recipe.")
-    run_job(Job(Path(folder).name, stage, Path(folder), settings), redo)
+    job = Job(Path(folder).name, stage, Path(folder), settings)
+    if not rank_and_world()[0]: check_jobs([job], named=False)
+    run_job(job, redo)
 
 # %% ../nbs/runs/05_cli.ipynb #89abe58b
 def _general_help()->str:
@@ -238,8 +271,8 @@ def _listen()->None:
 
 def _resume(args)->str:
     "How to resume, as a sentence with the command."
-    script = Path(sys.argv[0]).name == "cli.py" # `python -m vcb_nb.cli`
-    words = ["python", "-m", "vcb_nb.cli"] if script else ["vcb"]
+    module = Path(sys.argv[0]).name in ("cli.py", "__main__.py") # `python -m vcb_nb`
+    words = ["python", "-m", "vcb_nb"] if module else ["vcb"]
     return f"To resume: {shlex.join([*words, *args])}"
 
 def _say(sentence)->None: print(f"vcb: {sentence}", file=sys.stderr)
@@ -259,7 +292,7 @@ def main(args:list=None, # words of the command line; by default those of this p
         sys.stdout.flush()
     except BrokenPipeError: # `vcb run demo --plan | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except InputError as e: return _say(e) or 2
+    except InputError as e: return [*map(_say, getattr(e, "problems", [e]))] and 2
     except KeyboardInterrupt as e:
         signum = e.args[0] if isinstance(e, Stopped) else signal.SIGINT
         _say(f"stopped by {signal.Signals(signum).name} in {getattr(e, 'job', 'the preparation')}. "

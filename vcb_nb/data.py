@@ -23,7 +23,8 @@ from datasets import Dataset, Features, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from pyarrow import feather
 
-from .artifacts import InputError, atomic_dir, did_you_mean
+from .artifacts import (MANIFEST, PENDING, InputError, atomic_dir, did_you_mean,
+                              refuse_unfinished)
 from .chat import (as_turns, chat_demonstration, chat_pair, chat_prompt_ids,
                          chat_response_ids, check_chat, context, end_of_turn, first_answer,
                          is_messages, message_fault, prompt_key, prompt_text, storable)
@@ -353,6 +354,10 @@ def _unbroken(paths):
     return paths
 
 # %% ../nbs/foundations/04_data.ipynb #b7938ca2
+_RECORDS = (MANIFEST, PENDING, "settings.json") # of a stage, beside its data
+
+def _is_data(path)->bool: return bool(_kind(path)) and Path(path).name not in _RECORDS
+
 def _hub_files(folder)->tuple: # ({config: {split: files}}, the default config or None)
     "The files of a folder, as `datasets.load_dataset` would assign them."
     from datasets import DownloadConfig
@@ -369,7 +374,7 @@ def _hub_files(folder)->tuple: # ({config: {split: files}}, the default config o
     for one in found.builder_configs:
         try: one._resolve_data_files(folder.resolve().as_posix(), DownloadConfig())
         except FileNotFoundError: continue # a config whose files are not here
-        configs[one.name] = {str(split): sorted({Path(f) for f in files if _kind(f)})
+        configs[one.name] = {str(split): sorted({Path(f) for f in files if _is_data(f)})
                              for split, files in (one.data_files or {}).items()}
     return configs, found.default_config_name
 
@@ -393,7 +398,7 @@ def _by_split(folder, configs, default, wanted)->list:
 def _beside(folder, split)->list:
     "The data files of a folder (or of its `data/`) whose names begin with the split's."
     inside = folder/"data" if (folder/"data").is_dir() else folder
-    return sorted(p for p in inside.iterdir() if _kind(p) and not p.name.startswith(".")
+    return sorted(p for p in inside.iterdir() if _is_data(p) and not p.name.startswith(".")
                   and (not split or re.match(rf"{re.escape(split)}(?![A-Za-z_])", p.name)))
 
 def _folder_files(folder, split):
@@ -406,6 +411,7 @@ def _folder_files(folder, split):
     by_kind = [[p for p in files if _kind(p) == k] for k in _KINDS]
     files = next(filter(None, by_kind), None)
     if files: return _unbroken(files)
+    refuse_unfinished(folder)
     named = f" named '{split}...'" if split else ""
     raise InputError(f"{folder}: no {_ENDINGS} file{named}. Give another folder.")
 
@@ -484,7 +490,9 @@ def _locate(source):
     name, _, split = str(source).partition("#")
     if Path(str(source)).expanduser().exists(): name, split = str(source), ""
     path = Path(name).expanduser()
-    if not path.exists(): return name, _from_hub(name, split)
+    if not path.exists():
+        refuse_unfinished(path)
+        return name, _from_hub(name, split)
     if path.is_dir() and any((path/f).exists() for f in ("state.json", "dataset_dict.json")):
         return name, _from_disk(path, split)
     if path.is_file() and not _kind(path):

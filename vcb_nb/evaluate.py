@@ -22,7 +22,7 @@ from .loading import (QuantizedLoading, check_same_tokenizer, load_tokenizer,
                             pick_device)
 from .measures import (calibration, distinct_n, distinct_share, estimate, kl_estimates,
                              margin, win_tie_lose)
-from .sample import SampleConfig, sample
+from .sample import SampleConfig, check_sample, sample
 from .settings import (REQUIRED, check_least, check_required, config_key, is_function,
                              load_function, option, source_key)
 from .shards import rank_and_world, read_parts
@@ -274,6 +274,21 @@ def frontier(policies:dict, # the summary's policies
         lines.setdefault(p["method"], []).append(point)
     def strength(point): return point["value"] is None, point["value"] or 0
     return {method: sorted(points, key=strength) for method, points in lines.items()}
+
+# %% ../nbs/stages/08_evaluate.ipynb #20c0a009
+def check_evaluate(config:EvaluateConfig, ahead)->None:
+    "What can be known before the evaluation."
+    ahead.data(config.candidates, load_candidates)
+    for judge in (config.reward, config.gold): ahead.model(judge)
+    for policy in config.policies.values(): ahead.model(policy)
+    for prompts in filter(None, (config.prompts, config.ood_prompts)):
+        for policy in (config.reference, *config.policies.values()):
+            check_sample(sampling(config, policy, prompts, config.output_dir), ahead)
+
+def check_diagnose(config, ahead)->None:
+    "What can be known before a diagnosis."
+    ahead.data(config.candidates, load_candidates)
+    for model in (config.policy, config.reference, config.reward): ahead.model(model)
 
 # %% ../nbs/stages/08_evaluate.ipynb #f4e12764
 def evaluate(config:EvaluateConfig)->dict: # the summary, also in output_dir/summary.json

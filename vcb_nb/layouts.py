@@ -85,21 +85,21 @@ def conversation_pair(row):
     return pair.pop("dropped") or with_margin(row, {**rest, **pair})
 
 # %% ../nbs/foundations/03_layouts.ipynb #e837f792
-def _chosen(prompt, texts:list, best:int)->dict:
+def _better(prompt, texts:list, best:int)->dict:
     return {"prompt": prompt, "chosen": texts[best], "rejected": texts[1 - best]}
 
 def safe_rlhf(row):
     "PKU-SafeRLHF: the more helpful of two responses."
-    return _chosen(row["prompt"], [row["response_0"], row["response_1"]],
+    return _better(row["prompt"], [row["response_0"], row["response_1"]],
                    int(row["better_response_id"]))
 
 def shp(row):
     "SHP: `labels` is 1 if the first of two comments has more votes."
-    return _chosen(row["history"], [row["human_ref_A"], row["human_ref_B"]], 1 - int(row["labels"]))
+    return _better(row["history"], [row["human_ref_A"], row["human_ref_B"]], 1 - int(row["labels"]))
 
 def stack_exchange(row):
     "stack-exchange-paired: `response_j` has more votes than `response_k`."
-    return _chosen(row["question"], [row["response_j"], row["response_k"]], 0)
+    return _better(row["question"], [row["response_j"], row["response_k"]], 0)
 
 def orca(row):
     "orca_dpo_pairs: a system prompt (it may be empty), a question, two answers."
@@ -118,7 +118,7 @@ def summary_prompt(info:dict)->str:
 def summary_comparison(row):
     "summarize_from_feedback: `choice` is the index of the better of two summaries."
     texts = [" " + one["text"].strip() for one in row["summaries"]]
-    return _chosen(summary_prompt(row["info"]), texts, int(row["choice"]))
+    return _better(summary_prompt(row["info"]), texts, int(row["choice"]))
 
 # %% ../nbs/foundations/03_layouts.ipynb #8a6fb4d3
 ANSWERS = "response|answer|text|completion|output|content"

@@ -24,7 +24,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequence
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .adapters import merge_adapter
-from .artifacts import InputError, reason
+from .artifacts import InputError, reason, refuse_unfinished
 from .models import check_finite, disable_dropout, random_model
 from .settings import check_choice, option
 from .shards import rank_and_world
@@ -84,6 +84,7 @@ def model_folder(path, # folder, or name on the Hub
     folder = Path(path).expanduser()
     if folder.is_dir(): return folder
     if _names_a_folder(str(path)):
+        refuse_unfinished(folder)
         raise InputError(f"{path}: there is no such model folder. "
                          "Train it first, or correct the path.")
     wanted = _TEXT_FILES + ["*.safetensors"] * weights + ["*.py"] * trust_remote_code

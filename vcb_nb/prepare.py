@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/stages/prepare.html.md"""
 __all__ = ['PrepareConfig', 'prepare', 'TokenizerConfig', 'make_tokenizer']
 
 # %% ../nbs/stages/01_prepare.ipynb #5a232f7f
-import hashlib, inspect, json, logging, random, re
+import hashlib, inspect, logging, random, re, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from .artifacts import InputError, atomic_dir, did_you_mean, write_jsonl
@@ -206,6 +206,29 @@ def prepare(config:PrepareConfig)->dict: # rows of each file; with pairs, what w
     dropped = left_out(config)
     return {**counts, "dropped": dropped} if dropped else counts
 
+# %% ../nbs/stages/01_prepare.ipynb #20c0a002
+_LOADERS = dict(pairs=load_pairs, demonstrations=load_demonstrations, texts=load_texts,
+                prompts=load_prompts, ood_prompts=load_prompts)
+_QUICK = 50_000 # rows that are split for a plan; of more, none of the splits will be empty
+
+def check_data(config:PrepareConfig, ahead)->None:
+    "What can be known before the files are made."
+    for size in ("demonstrations", "pairs", "pairs_test", "prompts", "validation", "test"):
+        if (config.world or {}).get(size) == 0:
+            ahead.problems.append(f"world.{size} is 0, and every split needs rows. Set it to 1 "
+                                  "or more.")
+    found = [ahead.data(source, load) for name, load in _LOADERS.items()
+             for source in getattr(config, name)]
+    if config.world is None and not ahead.problems and sum(map(len, found)) < _QUICK:
+        ahead.attempt(_try_split, config)
+
+def _try_split(config:PrepareConfig)->None:
+    "Split into a temporary folder, and look for an empty side."
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare_pairs(config, folder)
+        _refuse_empty({p.stem: p.stat().st_size for p in sorted(folder.glob("*.jsonl"))})
+
 # %% ../nbs/stages/01_prepare.ipynb #cf1c24d5
 @dataclass
 class TokenizerConfig:
@@ -226,3 +249,11 @@ def make_tokenizer(config:TokenizerConfig)->dict: # size of the vocabulary
     tokenizer = train_tokenizer(texts["text"], config.vocab_size)
     with atomic_dir(Path(config.output_dir)/"model") as folder: tokenizer.save_pretrained(folder)
     return {"vocab_size": len(tokenizer), "texts": len(texts)}
+
+# %% ../nbs/stages/01_prepare.ipynb #20c0a003
+def check_tokenizer(config:TokenizerConfig, ahead)->None:
+    "What can be known before the tokenizer is trained."
+    ahead.data(config.data, load_texts)
+    if config.vocab_size < 258:
+        ahead.problems.append(f"vocab_size is {config.vocab_size}. Set it to at least 258: 256 "
+                              "bytes, EOS and padding.")

@@ -8,10 +8,11 @@ Docs: https://vcb-nb.github.io/vcb_nb/runs/recipes.html.md"""
 __all__ = ['check_recipe', 'load_recipe', 'save_recipe']
 
 # %% ../nbs/runs/02_recipes.ipynb #10f12c9c
+import json, re, typing
 from pathlib import Path
 import yaml
 from .artifacts import InputError, atomic_write, did_you_mean
-from .settings import coerce, shorten
+from .settings import coerce, read_text, shorten
 from .stages import Files, check_folder_name, find_stage, stage_names
 
 # %% ../nbs/runs/02_recipes.ipynb #bf53aba4
@@ -30,6 +31,37 @@ def find_recipe(name:str, # a file, or the name of a recipe that comes with the 
     shipped = shipped_recipes()
     if name in shipped: return shipped[name]
     raise InputError(f"There is no recipe file '{name}'. {did_you_mean(name, shipped)}")
+
+# %% ../nbs/runs/02_recipes.ipynb #50c0a002
+_NUMBERS = { # YAML 1.2's core schema: tag → (pattern, first letters)
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+              r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+0123456789.")),
+    "merge": ("<<", ["<"])}
+
+class CoreLoader(yaml.SafeLoader):
+    "YAML 1.2 as users mean it: 1e-6 is a number; no, on and 2024-05-01 are strings."
+    yaml_implicit_resolvers = {}
+
+    def construct_whole(self, node)->int:
+        text = self.construct_scalar(node)
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+class CoreDumper(yaml.SafeDumper):
+    "Writes what `CoreLoader` reads as it was; what YAML 1.1 would read differently is quoted."
+    yaml_implicit_resolvers = {k: [*v] for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}
+
+for _tag, (_pattern, _first) in _NUMBERS.items():
+    for _reader in (CoreLoader, CoreDumper):
+        _reader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}",
+                                      re.compile(rf"^(?:{_pattern})\Z"), _first)
+CoreLoader.add_constructor("tag:yaml.org,2002:int", CoreLoader.construct_whole)
+
+def read_core(text:str):
+    "What a YAML text holds."
+    return CoreLoader(text).get_single_data()
 
 # %% ../nbs/runs/02_recipes.ipynb #f99e64b8
 def _check_keys(tree, where:str)->None:
@@ -50,7 +82,9 @@ def parse_yaml(text:str, where:str):
     "What a YAML text holds; `InputError` says where and why it is none."
     try:
         _check_keys(yaml.compose(text), where)
-        return yaml.safe_load(text)
+        value = read_core(text)
+        json.dumps(value, skipkeys=True, default=str) # an alias that leads back is a ValueError
+        return value
     except InputError: raise
     except (yaml.YAMLError, ValueError, RecursionError) as e: # ValueError: the 99th of a month
         raise InputError(f"{where}: not YAML ({' '.join(str(e).split())}). Fix it.") from None
@@ -65,19 +99,35 @@ def _read_yaml(path:Path)->dict:
     return content
 
 # %% ../nbs/runs/02_recipes.ipynb #a6b513f5
+def _hint_of(key:str):
+    "The type of the setting that a dotted key names; None inside a free mapping."
+    section, *path = key.split(".")
+    if not path: return _TOP.get(section)
+    if section not in stage_names(): return None
+    if (section, path[0]) == ("calibrate", "methods"): path = path[2:]
+    if not path: return None
+    hint = typing.get_type_hints(find_stage(section).config_class).get(path[0])
+    for _ in path[1:]: # dict[str, str] → str
+        hint = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+    return hint
+
 def apply_override(recipe:dict,
                    key:str, # dotted: 'sample.n' or 'calibrate.methods.vcb.loss_params.gamma'
-                   value, # read as YAML where it is a text
+                   value, # a text is read by the type of its setting
+                   option:str=None, # as it was typed, for messages; by default '--<key>'
                   )->dict:
     "Set one field of a recipe in place."
     *path, last = key.split(".")
+    whole, where = recipe, option or f"--{key}"
     for part in path:
         if recipe.get(part) is None: recipe[part] = {} # `score:` with nothing behind it
         recipe = recipe[part]
         if not isinstance(recipe, dict):
-            raise InputError(f"--{key}: '{part}' has no fields to set.")
-    recipe[last] = parse_yaml(value, f"--{key}") if isinstance(value, str) else value
-    return recipe
+            raise InputError(f"{where}: '{part}' has no fields to set.")
+    if isinstance(value, str):
+        value = read_text(value, _hint_of(key), lambda text: parse_yaml(text, where))
+    recipe[last] = value
+    return whole
 
 # %% ../nbs/runs/02_recipes.ipynb #a5e42b06
 def _refuse_remote_code(value, where:str)->None:
@@ -144,4 +194,5 @@ def load_recipe(name:str, # a file, or the name of a recipe that comes with the 
 
 def save_recipe(recipe:dict, path)->Path:
     "Write a resolved recipe, so that the run folder says what made it."
-    return atomic_write(path, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    text = yaml.dump_all([recipe], Dumper=CoreDumper, sort_keys=False, allow_unicode=True)
+    return atomic_write(path, text)

@@ -182,6 +182,13 @@ def held_out_report(trainer:EvenTrainer, config:RewardConfig)->dict: # of `rewar
     if trainer.args.should_save: write_json(Path(config.output_dir)/"evaluation.json", report)
     return report
 
+# %% ../nbs/stages/03_reward.ipynb #20c0a005
+def check_reward(config:RewardConfig, ahead)->None:
+    "What can be known before the training."
+    for source in (config.pairs, config.eval_pairs): ahead.data(source, load_pairs)
+    ahead.model(config.model)
+    ahead.training(config, ahead.origin(config.model))
+
 # %% ../nbs/stages/03_reward.ipynb #71994025
 def train_reward(config:RewardConfig)->dict: # accuracy, accuracy_interval, ece, brier, …
     "Run the stage: writes `output_dir/model` and `evaluation.json`; resumes a killed run."

@@ -477,6 +477,21 @@ def _speed_bar(total:int, speed:dict):
             bar.update(samples)
         yield on_batch
 
+# %% ../nbs/stages/04_sample.ipynb #20c0a006
+def check_sample(config:SampleConfig, ahead)->None:
+    "What can be known before sampling."
+    if config.backend == "vllm": ahead.attempt(_import_vllm)
+    ahead.fits("max_new_tokens", config.max_new_tokens, ahead.origin(config.policy))
+    rows, policy = ahead.data(config.prompts, load_prompts), ahead.model(config.policy)
+    if not rows: return
+    ahead.samples(len(rows["prompt"][:config.limit]), config)
+    if policy: ahead.attempt(_check_lengths, config, rows["prompt"][:config.limit], ahead)
+
+def _check_lengths(config, prompts:list, ahead)->None:
+    "Raise `InputError` for the first prompt that does not fit the context."
+    ids, _ = encode_prompts(load_tokenizer(config.policy), prompts, config.max_prompt_length)
+    check_prompts(config, prompts, ids, ahead.context(ahead.origin(config.policy)))
+
 # %% ../nbs/stages/04_sample.ipynb #1e8fe62d
 def sample(config:SampleConfig)->dict: # summary: counts, mean length, shares, tokens_per_second
     "Sample every prompt into `output_dir/data`. Resumes an interrupted run."

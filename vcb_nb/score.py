@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from .artifacts import InputError, Progress
-from .data import candidate_parts
+from .data import candidate_parts, load_candidates
 from .judges import PolicyJudge, load_judge
 from .loading import QuantizedLoading, load_tokenizer, pick_device
 from .losses import reward_sigma
@@ -75,6 +75,15 @@ class ScoreConfig(QuantizedLoading):
         pick_device(self.device)
         self.check_loading()
         if self.reward and is_function(self.reward): load_function(self.reward)
+
+# %% ../nbs/stages/05_score.ipynb #20c0a007
+def check_score(config:ScoreConfig, ahead)->None:
+    "What can be known before scoring."
+    rows = ahead.data(config.candidates, load_candidates)
+    for model in (config.reward, config.reference): ahead.model(model)
+    if not config.reward and (rows is None or "rewards" not in rows.column_names):
+        ahead.problems.append(f"{config.candidates} has no rewards. Set reward to a reward model's "
+                              "folder, or to a 'module:function'.")
 
 # %% ../nbs/stages/05_score.ipynb #74424852
 def score(config:ScoreConfig)->dict: # summary: counts, mean reward, mean σ(x), no_signal

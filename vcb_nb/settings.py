@@ -60,6 +60,9 @@ def check_choice(key:str, value, valid)->None:
 _NEEDED = {float: "a number", int: "a whole number", bool: "true or false", str: "a string",
            list: "a list", dict: "a mapping"}
 
+TRUTH = {**dict.fromkeys(("true", "yes", "on"), True), # also the words of YAML 1.1
+         **dict.fromkeys(("false", "no", "off"), False)}
+
 def _number(value):
     "`value` as float, also from a string such as '1e-3'; None where it is not a number, or NaN."
     if isinstance(value, bool): return None
@@ -75,6 +78,7 @@ def _simple(value, kind):
     "`value` as `kind`, or None where it does not fit."
     if kind is float: return _number(value)
     if kind is int: return _whole(value)
+    if kind is bool and isinstance(value, str): return TRUTH.get(value.lower())
     return value if isinstance(value, kind) else None
 
 # %% ../nbs/foundations/02_settings.ipynb #ff6e902e
@@ -105,6 +109,30 @@ def _coerce_union(value, hints, key:str):
         try: return coerce(value, hint, key)
         except InputError as e: said = e
     raise said
+
+# %% ../nbs/foundations/02_settings.ipynb #40c0a002
+def _kinds(hint)->set:
+    "The plain types that an annotation allows."
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return {kind for arg in typing.get_args(hint) for kind in _kinds(arg)}
+    kind = typing.get_origin(hint) or hint
+    return {str if isinstance(kind, type) and issubclass(kind, enum.Enum) else kind}
+
+def read_text(text:str, hint, # a type annotation; None: of a place without one
+              parse, # text → what YAML makes of it; `InputError` if it is none
+             ):
+    "What a text of the command line means for a setting of this type."
+    kinds = _kinds(hint)
+    if hint is None: return parse(text)
+    if type(None) in kinds and text in ("null", "~"): return None
+    if kinds <= {str, type(None)}: return text
+    try: value = parse(text)
+    except InputError:
+        if not kinds & {str, list}: raise
+        value = text
+    if isinstance(value, str) or (str in kinds and type(value) not in kinds): value = text
+    alone = list in kinds and str not in kinds and not isinstance(value, list)
+    return [value] if alone and value is not None else value
 
 # %% ../nbs/foundations/02_settings.ipynb #36952356
 def shorten(key)->str:

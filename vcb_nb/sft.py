@@ -209,6 +209,18 @@ def sft_trainer(config:SFTConfig, model, tokenizer, train, held_out=None, **kwar
                        compute_metrics=token_loss, preprocess_logits_for_metrics=row_losses,
                        **kwargs)
 
+# %% ../nbs/stages/02_sft.ipynb #20c0a004
+def check_sft(config:SFTConfig, ahead)->None:
+    "What can be known before the training."
+    load = {"completion": load_demonstrations, "text": load_texts}[config.objective]
+    for source in (config.data, config.eval_data): ahead.data(source, load)
+    ahead.model(config.model, tokenizer=not config.tokenizer)
+    if config.tokenizer and not ahead.maker(config.tokenizer):
+        ahead.attempt(load_tokenizer, config.tokenizer)
+    origin = ahead.origin(config.model) if config.model else ahead.new_model(config)
+    ahead.fits("max_length", config.max_length, origin)
+    ahead.training(config, origin)
+
 # %% ../nbs/stages/02_sft.ipynb #0d3dcd97
 def _loss_tokens(rows)->int:
     "How many tokens of the rows carry a loss."

@@ -8,9 +8,9 @@ Docs: https://vcb-nb.github.io/vcb_nb/runs/stages.html.md"""
 __all__ = ['STAGES', 'Stage', 'find_stage']
 
 # %% ../nbs/runs/01_stages.ipynb #bffc1760
-import re
+import re, typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from .artifacts import MANIFEST, InputError, did_you_mean
 from .settings import check_values, coerce, load_object, sources
@@ -103,6 +103,20 @@ def one_job(stage, at:Files, where:str)->dict: # name → settings
     "A section becomes one job of the stage's name."
     return {stage.name: stage.check(at.recipe[stage.name], where)}
 
+# %% ../nbs/runs/01_stages.ipynb #60c0a002
+def _loss_params()->set:
+    from vcb_nb.losses import LOSSES
+    return {name for loss in LOSSES.values() for name in loss.params}
+
+def _lora_settings()->set:
+    return {f.name for f in fields(load_object("peft:LoraConfig"))}
+
+def _model_sizes()->set:
+    from vcb_nb.models import SMALL
+    return {*SMALL, "intermediate_size", "num_key_value_heads", "head_dim"}
+
+INNER = {"loss_params": _loss_params, "peft_config": _lora_settings, "model_config": _model_sizes}
+
 # %% ../nbs/runs/01_stages.ipynb #ceabf5f5
 @dataclass(frozen=True)
 class Stage:
@@ -114,6 +128,7 @@ class Stage:
     defaults:Callable = lambda at: {} # Files → settings that a recipe may leave out
     expand:Callable = one_job # (stage, Files, file name) → {name of a job: its settings}
     in_recipes:bool = True # or a command only?
+    foresee:str | None = None # 'module:function' of a config and an `Outlook`: its check
 
     @property
     def config_class(self)->type: return load_object(self.config)
@@ -123,9 +138,25 @@ class Stage:
         "The settings whose content counts."
         return sources(self.config_class)
 
+    def _refuse_inner(self, key:str, where:str)->None:
+        "A key that stands inside another setting: say inside which."
+        known = {f.name for f in fields(self.config_class)}
+        place = next((name for name, find in INNER.items()
+                      if name in known and key not in known and key in find()), None)
+        if place is None: return
+        raise InputError(f"{where}: {self.name}.{key} is not a setting of its own. It stands in "
+                         f"{place}: write {place}: {{{key}: …}} in a recipe, or "
+                         f"--{place}.{key} on the command line.")
+
     def check(self, values:dict, where:str="recipe", beside:tuple=())->dict:
         "Values of the right type, or `InputError`; see `check_values`."
-        return check_values(self.config_class, values, f"{where}: {self.name}", beside)
+        for key in values if isinstance(values, dict) else (): self._refuse_inner(key, where)
+        checked = check_values(self.config_class, values, f"{where}: {self.name}", beside)
+        lora, hints = checked.get("peft_config") or {}, {}
+        if lora: hints = typing.get_type_hints(load_object("peft:LoraConfig"))
+        for key in lora.keys() & hints.keys():
+            lora[key] = coerce(lora[key], hints[key], f"{where}: {self.name}.peft_config.{key}")
+        return checked
 
 # %% ../nbs/runs/01_stages.ipynb #5aeda428
 def expand_methods(calibrate:dict, # the calibrate section
@@ -187,7 +218,8 @@ def with_validation(stage, at:Files, where:str)->dict:
 def _method_of(settings:dict)->dict:
     "Which line of the frontier a calibration belongs to, and where on it."
     from vcb_nb.losses import LOSSES
-    loss = LOSSES[settings["loss"]]
+    loss = LOSSES.get(settings["loss"])
+    if loss is None: return {} # its own job says so
     value = (settings.get("loss_params") or {}).get(loss.strength, loss.params.get(loss.strength))
     return {"method": settings["loss"], "strength": loss.strength, "value": value}
 
@@ -205,40 +237,46 @@ def _evaluation(at:Files)->dict:
 # %% ../nbs/runs/01_stages.ipynb #624e15e8
 STAGES = (
     Stage("data", "vcb_nb.prepare:prepare", "vcb_nb.prepare:PrepareConfig",
-          "Prepare the data files of a run."),
+          "Prepare the data files of a run.", foresee="vcb_nb.prepare:check_data"),
     Stage("tokenizer", "vcb_nb.prepare:make_tokenizer", "vcb_nb.prepare:TokenizerConfig",
           "Train a tokenizer, for a model that is trained from scratch.",
-          lambda at: dict(data=at.prepared("texts.jsonl"))),
+          lambda at: dict(data=at.prepared("texts.jsonl")),
+          foresee="vcb_nb.prepare:check_tokenizer"),
     Stage("pretrain", "vcb_nb.sft:train_sft", "vcb_nb.sft:SFTConfig",
           "Pretrain a model on plain text.",
           lambda at: dict(data=at.prepared("texts.jsonl"), objective="text",
-                          model=at.recipe.get("model"), tokenizer=at.made_by("tokenizer"))),
+                          model=at.recipe.get("model"), tokenizer=at.made_by("tokenizer")),
+          foresee="vcb_nb.sft:check_sft"),
     Stage("sft", "vcb_nb.sft:train_sft", "vcb_nb.sft:SFTConfig",
           "Fine-tune a model on demonstrations.",
           lambda at: dict(data=at.prepared("demonstrations.jsonl"), model=at.base,
-                          tokenizer=None if at.has("pretrain") else at.made_by("tokenizer"))),
+                          tokenizer=None if at.has("pretrain") else at.made_by("tokenizer")),
+          foresee="vcb_nb.sft:check_sft"),
     Stage("reward", "vcb_nb.reward:train_reward", "vcb_nb.reward:RewardConfig",
           "Train a reward model on preference pairs.",
           lambda at: dict(model=at.policy, pairs=at.prepared("pairs.jsonl"),
-                          eval_pairs=at.prepared("pairs_test.jsonl"))),
+                          eval_pairs=at.prepared("pairs_test.jsonl")),
+          foresee="vcb_nb.reward:check_reward"),
     Stage("sample", "vcb_nb.sample:sample", "vcb_nb.sample:SampleConfig",
           "Sample n candidates per prompt.",
           lambda at: dict(policy=at.policy, prompts=at.prepared("prompts.jsonl")),
-          with_validation),
+          with_validation, foresee="vcb_nb.sample:check_sample"),
     Stage("score", "vcb_nb.score:score", "vcb_nb.score:ScoreConfig",
           "Score candidates, and store the reference's log-probabilities.",
           lambda at: dict(candidates=at.candidates("sample"), reward=at.reward or at.gold,
                           reference=at.policy),
-          with_validation),
+          with_validation, foresee="vcb_nb.score:check_score"),
     Stage("calibrate", "vcb_nb.calibrate:calibrate", "vcb_nb.calibrate:CalibrationConfig",
           "Train a policy on scored candidates with any loss.",
           lambda at: dict(model=at.policy, candidates=at.candidates("score"),
                           eval_candidates=at.held_out),
-          one_job_per_method),
+          one_job_per_method, foresee="vcb_nb.calibrate:check_calibrate"),
     Stage("evaluate", "vcb_nb.evaluate:evaluate", "vcb_nb.evaluate:EvaluateConfig",
-          "Compare policies: rewards, KL, win rates, calibration.", _evaluation),
+          "Compare policies: rewards, KL, win rates, calibration.", _evaluation,
+          foresee="vcb_nb.evaluate:check_evaluate"),
     Stage("diagnose", "vcb_nb.diagnosis:diagnose", "vcb_nb.diagnosis:DiagnoseConfig",
-          "Draw the calibration plot of any two models.", in_recipes=False),
+          "Draw the calibration plot of any two models.", in_recipes=False,
+          foresee="vcb_nb.evaluate:check_diagnose"),
     Stage("report", "vcb_nb.report:report", "vcb_nb.report:ReportConfig",
           "Write the report of a run folder.",
           lambda at: dict(run=at.run, parts=[job.folder/MANIFEST for job in at.jobs])),
