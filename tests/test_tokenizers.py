@@ -49,14 +49,16 @@ def test_end_ids_are_those_of_generate_and_the_tokenizers():
     assert end_ids(named([7, 8]), None) == {7, 8} and end_ids(named(None), None) == set()
 
 
-@pytest.mark.parametrize("name, pad_id, eos_id", [("gpt2", None, 50256), ("pythia_neox20b", 1, 0)])
+@pytest.mark.parametrize("name, pad_id, eos_id", [("gpt2", 50257, 50256), ("pythia_neox20b", 1, 0)])
 def test_real_tokenizers(shared_data, tmp_path, name, pad_id, eos_id):
+    "As published, neither pads; a reward model's takes the token that is there for it, or adds one."
     files = shared_data/"tokenizers"/name
     if name == "gpt2":
         GPT2Tokenizer.from_pretrained(files).save_pretrained(tmp_path)
         files = tmp_path
     tokenizer = load_tokenizer(files)
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (pad_id, eos_id)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (None, eos_id)
+    assert separate_padding(tokenizer).pad_token_id == pad_id
 
 
 def test_a_policy_gets_a_row_for_every_token(tokenizer):
