@@ -381,6 +381,45 @@ def renamed_eos(folder):
     path.write_text(path.read_text().replace("<|endoftext|>", "<|nothing|>"))
 
 
+def reward(name, *says, stage="score"):
+    return Case(f"{stage}: reward {name}", stage, {"reward": f"reward_kinds:{name}"}, says)
+
+
+REWARDS = [
+    reward("divides", "Prompt row 0", "candidate 0", "ZeroDivisionError: division by zero",
+           "(reward_kinds.py:", "is kept"),
+    reward("divides", "Prompt row 0", "candidate 0", "ZeroDivisionError", stage="evaluate"),
+    reward("divides", "Prompt row 0", "candidate 0", "ZeroDivisionError", stage="diagnose"),
+    reward("leaves", "Prompt row 0", "SystemExit: enough"),
+    reward("shouts", "ValueError: one line and another one line"),
+    reward("huge", "Prompt row 0", "candidate 0", "is 1000000", "not a finite number"),
+    reward("longer_than_python_prints", "a value of type int", "not a finite number"),
+    reward("array", "candidate 0", "is [1.0, 2.0], not a finite"),
+    reward("complex_number", "candidate 0", "is 1j, not a finite"),
+    reward("unspeakable", "a value of type Unspeakable"),
+    reward("nothing", "Prompt row 0", "candidates 0 to 2", "gave None, not a list"),
+    reward("one_word", "gave 'ggg', not a list"),
+    reward("too_few", "Prompt row 0", "2 numbers for 3 completions"),
+    reward("none_for_the_second", "Prompt row 0", "candidate 1: the reward is None"),
+    reward("answered", "needs a column 'answer'", "do not have"),
+    reward("three", "missing a required argument: 'reference'", "(prompt, completion) -> float"),
+    reward("three", "missing a required argument", stage="evaluate"),
+    reward("number", "number is 3.0, which cannot be called"),
+    reward("Length", "Name an instance of the class"),
+    reward("instance.metod", "no function 'instance.metod'"),
+    Case("built-in of another form", "score", {"reward": "builtins:len"},
+         ("builtins:len", "cannot be called with a prompt and a completion")),
+    Case("judge in no file", "score", {"reward": "nowhere/judge.py:length"},
+         ("there is no file nowhere/judge.py",)),
+    Case("judge's file that fails", "score", {"reward": lambda world, own: str(
+        File("judge.py", "import math\nmath.sqrt(-1)\n").write(own)) + ":f"},
+         ("cannot be imported", "ValueError", "(judge.py:2)")),
+    Case("judge's file with a slip", "evaluate", {"reward": lambda world, own: str(
+        File("judge.py", "def f(:\n").write(own)) + ":f"}, ("cannot be imported", "SyntaxError")),
+    Case("no workers", "score", {"workers": 0}, ("workers", "1 or more")),
+]
+
+
 def value(stage, key, wrong, *says):
     return Case(f"{stage}.{key} = {wrong}", stage, {key: wrong}, says)
 
@@ -455,7 +494,7 @@ VALUES = [
          env={"RANK": "4", "WORLD_SIZE": "2"}),
 ]
 
-CASES = [*FILES, *CANDIDATES, *MODELS, *VALUES]
+CASES = [*FILES, *CANDIDATES, *MODELS, *REWARDS, *VALUES]
 
 
 # ---- recipes: text of the file, words of the message

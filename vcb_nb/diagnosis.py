@@ -16,8 +16,9 @@ import numpy as np
 
 from .artifacts import atomic_write, write_json
 from .evaluate import (CompletionTable, ScoringConfig, add_logps, add_rewards,
-                             calibrate_table, candidate_table, source_mark)
+                             calibrate_table, candidate_table)
 from .figures import figure_bytes, plot_diagnosis
+from .judges import source_mark
 from .loading import check_same_tokenizer, load_tokenizer
 from .measures import SIGMAS, TWO_CANDIDATES, estimate_text
 from .settings import REQUIRED, check_above, check_choice, option

@@ -17,13 +17,13 @@ import torch
 
 from .artifacts import InputError, did_you_mean, fingerprint, read_json, write_json
 from .data import attach_ids, load_candidates
-from .judges import PolicyJudge, load_judge
+from .judges import Answers, PolicyJudge, load_judge, load_reward, source_mark
 from .loading import as_dtype, check_same_tokenizer, load_tokenizer, pick_device
 from .measures import (calibration, distinct_n, distinct_share, estimate, kl_estimates,
                              margin, win_tie_lose)
 from .sample import SampleConfig, sample
-from .settings import (REQUIRED, check_least, check_required, config_key, is_function,
-                             load_function, option, source_key)
+from .settings import (REQUIRED, check_least, check_required, config_key, function_name,
+                             is_function, option, source_key)
 from .shards import rank_and_world, read_parts
 
 # %% ../nbs/stages/08_evaluate.ipynb #a70153b1
@@ -42,6 +42,8 @@ class ScoringConfig:
     level: float = option(.95, "Coverage of the intervals.")
     points: int = option(1000, "Pairs kept for the calibration plot.")
     batch_tokens: int = option(16384, "Tokens scored at once.", decides=False)
+    workers: int = option(1, "Threads that call a reward function: more for a slow one.",
+                          decides=False)
     seed: int = option(0, "Seed of samples and bootstrap, the same for every policy.")
     dtype: str | None = option(None, "Precision of the models; float32 by default.")
     device: str = option("auto", "'auto' uses the accelerator if there is one; or 'cpu', 'cuda:1'.",
@@ -50,13 +52,13 @@ class ScoringConfig:
     def __post_init__(self):
         check_required(self)
         check_least(self, limit=1, max_prompt_length=1, max_new_tokens=1, n_boot=1, points=0,
-                    batch_tokens=1, seed=0)
+                    batch_tokens=1, workers=1, seed=0)
         if not 0 < self.level < 1:
             raise InputError(f"level is {self.level}. Set it between 0 and 1, for example to 0.95.")
         pick_device(self.device)
         as_dtype(self.dtype)
         judges = filter(None, (getattr(self, name, None) for name in JUDGES))
-        for judge in filter(is_function, judges): load_function(judge)
+        for judge in filter(is_function, judges): load_reward(judge)
 
     @property
     def boot(self)->dict: return dict(n_boot=self.n_boot, level=self.level, seed=self.seed)
@@ -152,11 +154,6 @@ def _free()->None:
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
-# %% ../nbs/stages/08_evaluate.ipynb #2085542c
-def source_mark(source:str)->str: # twelve hexadecimal digits
-    "What stands for a model folder or a judge function in a file name: its content."
-    return fingerprint(source_key(source))[:12]
-
 # %% ../nbs/stages/08_evaluate.ipynb #9638fcc6
 def _place(config)->dict:
     "Where and how models are run."
@@ -171,8 +168,11 @@ def add_rewards(tables:list, name:str, judge:str, config)->None:
     tokenizer = load_tokenizer(config.reference)
     lengths = dict(max_prompt_length=config.max_prompt_length,
                    max_completion_length=config.max_new_tokens)
+    answers = Answers(config.output_dir, judge) if is_function(judge) else None
     add_column(tables, name, f"{name}-{source_mark(judge)}.json",
-               lambda: load_judge(judge, tokenizer, **_place(config), **lengths))
+               lambda: load_judge(judge, tokenizer, config.workers, answers, **_place(config),
+                                  **lengths))
+    if answers: answers.discard()
 
 # %% ../nbs/stages/08_evaluate.ipynb #e11a4a67
 def sample_policy(name:str, split:str, prompts:str, config)->Path:
@@ -321,9 +321,15 @@ def summarise(config, splits:list, tables:dict, calibrations:dict)->dict:
     def games(split, judge):
         rewards = {name: tables[name, split].columns[judge] for name in policies}
         return compare(rewards, config.tie_tolerance, **config.boot)
-    return dict(settings=asdict(config), policies=policies,
+    return dict(settings=_recorded(config), policies=policies,
                 comparisons={s: {j: games(s, j) for j in judges} for s in splits},
                 frontier={s: frontier(policies, s) for s in splits})
+
+def _recorded(config)->dict:
+    "The settings; a judge that was given as a function by its name."
+    named = {judge: function_name(getattr(config, judge)) for judge in JUDGES
+             if callable(getattr(config, judge))}
+    return asdict(replace(config, **{judge: None for judge in named})) | named
 
 def _about(name, splits, tables, calibrations, config)->dict:
     "One policy: its place on the frontier, where its samples are, and all that was measured."

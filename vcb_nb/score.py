@@ -16,10 +16,10 @@ import torch
 
 from .artifacts import InputError, Progress
 from .data import candidate_parts
-from .judges import PolicyJudge, load_judge
+from .judges import Answers, PolicyJudge, check_columns, load_judge, load_reward
 from .loading import as_dtype, load_tokenizer, pick_device
 from .losses import reward_sigma
-from .settings import (REQUIRED, check_least, check_required, is_function, load_function,
+from .settings import (REQUIRED, check_least, check_required, is_function,
                              option)
 from .shards import complete_parts, read_parts
 
@@ -54,7 +54,11 @@ class ScoreConfig:
     output_dir: str = option(REQUIRED,
         "Folder for the parts: output_dir/data/part-00000-of-00012.jsonl", decides=False)
     reward: str | None = option(None,
-        "Reward model folder, or 'module:function'; without it, given rewards stay.", source=True)
+        "Reward model folder, 'module:function' or 'file.py:function'; without it, given rewards "
+        "stay.", source=True)
+    workers: int = option(1,
+        "Threads that call a reward function: more for a slow one, such as a judge behind an API.",
+        decides=False)
     reference: str | None = option(None,
         "Policy folder whose log-probabilities are stored: the SFT model.", source=True)
     max_prompt_length: int = option(512, "Tokens of a prompt, where text is tokenised here.")
@@ -69,10 +73,10 @@ class ScoreConfig:
     def __post_init__(self):
         check_required(self)
         check_least(self, max_prompt_length=1, max_completion_length=1, batch_tokens=1,
-                    shard_size=1)
+                    shard_size=1, workers=1)
         pick_device(self.device)
         as_dtype(self.dtype)
-        if self.reward and is_function(self.reward): load_function(self.reward)
+        if self.reward and is_function(self.reward): load_reward(self.reward)
 
 # %% ../nbs/stages/05_score.ipynb #74424852
 def score(config:ScoreConfig)->dict: # summary: counts, mean reward, mean σ(x), no_signal
@@ -89,7 +93,8 @@ def score(config:ScoreConfig)->dict: # summary: counts, mean reward, mean σ(x),
     @contextmanager
     def scorer(parts):
         "The models are loaded; a bar shows candidates per second."
-        judges, start, done = load_judges(config, tokenizer), time.perf_counter(), 0
+        answers = reward_answers(config, load(parts[0])[0])
+        judges, start, done = load_judges(config, tokenizer, answers), time.perf_counter(), 0
         with Progress(len(parts), "score", unit="part") as bar:
             def make(part):
                 nonlocal done
@@ -101,19 +106,27 @@ def score(config:ScoreConfig)->dict: # summary: counts, mean reward, mean σ(x),
                 bar.update()
                 return rows
             yield make
+            if answers: answers.discard()
 
     complete_parts(config, total, scorer)
     rows = read_parts(config.output_dir, complete=False) # of a job array some may be to come
     return {**summarise_scores(rows), "dropped": dropped}
 
 # %% ../nbs/stages/05_score.ipynb #7dffe111
-def load_judges(config, tokenizer)->tuple: # what gives the rewards, what the log-probabilities
+def reward_answers(config, row:dict)->"Answers | None": # None: the reward is no function
+    "What an interrupted call was answered by the same reward function."
+    if not (config.reward and is_function(config.reward)): return None
+    check_columns(config.reward, row) # before any model is loaded
+    return Answers(config.output_dir, config.reward)
+
+def load_judges(config, tokenizer, answers=None)->tuple: # what gives rewards, what log-probs
     "The reward and the reference of a config, each None where there is none."
     place = dict(dtype=config.dtype, device=config.device, batch_tokens=config.batch_tokens)
     lengths = dict(max_prompt_length=config.max_prompt_length,
                    max_completion_length=config.max_completion_length)
-    judge = load_judge(config.reward, tokenizer, **place, **lengths) if config.reward else None
-    return judge, PolicyJudge(config.reference, **place) if config.reference else None
+    judge = config.reward and load_judge(config.reward, tokenizer, config.workers, answers,
+                                         **place, **lengths)
+    return judge or None, PolicyJudge(config.reference, **place) if config.reference else None
 
 # %% ../nbs/stages/05_score.ipynb #e4b638fe
 POLICY_GAP = .05 # nats per token
