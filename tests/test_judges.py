@@ -107,7 +107,7 @@ def test_trl_gets_the_columns_of_the_row_by_name():
     assert load_judge("reward_kinds:answered")(ROWS) == [[0, 1, 0], [0]]
     seen = {}
     def look(prompts, completions, **columns): seen.update(columns) or seen.update(p=prompts)
-    with pytest.raises(InputError, match=r"row 0 \('a'\), candidates 0 to 2: .*gave None, not a li"):
+    with pytest.raises(InputError, match=r"row 0 \('a'\), candidates 0 to 2: .*gave None"):
         FunctionJudge(look)(ROWS)
     assert (seen["p"], seen["answer"], seen["index"]) == (["a"] * 3, ["cd"] * 3, [0] * 3)
     assert seen["completion_ids"] == [[1], [2, 3], [1]] and seen["trainer_state"].global_step == 0
@@ -122,13 +122,15 @@ def test_a_column_that_is_not_there_is_named():
 def keys_in_a_new_process(seed):
     "The fingerprint of every kind, by name and as an object, made elsewhere in memory."
     code = ("import functools, reward_kinds as r\nfrom vcb_nb.settings import function_key as key\n"
-            "made = [r.Length(2.), functools.partial(r.scaled, scale=2.), lambda p, c: {'x', 'y'}]\n"
+            "made = [r.Length(2.), functools.partial(r.scaled, scale=2.),"
+            "        lambda p, c: {'x', 'y'}]\n"
             "padding = [object() for _ in range(id(r) % 1000)]\n"
             "print([key(f'reward_kinds:{k}') for k in r.LENGTHS], list(map(key, made)),"
             "[key(functools.reduce(getattr, k.split('.'), r)) for k in r.LENGTHS])")
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""), "."])
-    return subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path,
-                          "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": seed}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True,
+                          check=True).stdout
 
 
 def test_a_fingerprint_never_depends_on_memory():
@@ -193,7 +195,7 @@ def test_what_was_answered_before_a_failure_is_not_asked_again(tmp_path, workers
         if completion == "5" and broken: raise ConnectionError("no\nanswer")
         return float(completion)
     rows = [{"index": 0, "prompt": "a", "completions": list("0123456789")}]
-    with pytest.raises(InputError, match=r"row 0 \('a'\), candidate 5: .*ConnectionError: no answer"):
+    with pytest.raises(InputError, match=r"row 0 \('a'\), candidate 5: .*ConnectionError: no an"):
         FunctionJudge(judge, workers, Answers(tmp_path, "judge"))(rows)
     file, = tmp_path.glob(".answers-*")
     file.write_text(file.read_text() + '\n["torn')

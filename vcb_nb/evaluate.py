@@ -321,11 +321,11 @@ def summarise(config, splits:list, tables:dict, calibrations:dict)->dict:
     def games(split, judge):
         rewards = {name: tables[name, split].columns[judge] for name in policies}
         return compare(rewards, config.tie_tolerance, **config.boot)
-    return dict(settings=_recorded(config), policies=policies,
+    return dict(settings=_settings_of(config), policies=policies,
                 comparisons={s: {j: games(s, j) for j in judges} for s in splits},
                 frontier={s: frontier(policies, s) for s in splits})
 
-def _recorded(config)->dict:
+def _settings_of(config)->dict:
     "The settings; a judge that was given as a function by its name."
     named = {judge: function_name(getattr(config, judge)) for judge in JUDGES
              if callable(getattr(config, judge))}

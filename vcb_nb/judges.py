@@ -37,7 +37,7 @@ def row_place(row:dict)->str:
 
 FIX_IT = "Fix what gives it and run again: what was scored so far is kept."
 
-def finite(value)->"float | None": # None: it is no finite number
+def finite(value)->"float | None": # None: not a finite number
     "A number, or an array of one element, as a float."
     try:
         plain = value.item() if hasattr(value, "item") else value
@@ -126,14 +126,14 @@ def wanted_columns(function, columns:dict, row:dict)->dict:
     if any(p.kind == p.VAR_KEYWORD for p in parameters): return columns
     return {p.name: columns[p.name] for p in parameters if p.name in columns}
 
-def check_columns(source, row:dict)->None:
+def check_reward(source, row:dict)->None:
     "Raise `InputError` if a reward function needs a column that a candidate row has not."
     function = load_reward(source)
     if reward_form(function) == "columns": wanted_columns(function, reward_columns(row), row)
 
 # %% ../nbs/foundations/16_judges.ipynb #a6d38f0b
 class Answers:
-    "What a reward function has answered, by what it was asked; kept in files where a folder is given."
+    "What a reward function has answered, by what it was asked; in files where a folder is given."
     every = 1. # seconds between writes: at most so much is lost when the process is killed
 
     def __init__(self, folder=None, # for the files; None: keep them in memory only
@@ -222,17 +222,17 @@ def listed(value)->"list | None": # None: it is no list of anything
     if isinstance(value, (str, bytes, dict)) or not hasattr(value, "__iter__"): return None
     return list(value)
 
-_LOOP = [] # the event loop of asynchronous rewards, in a thread of its own, once there is one
+_ASYNC = [] # the event loop of asynchronous rewards, in a thread of its own, once there is one
 _LOOP_LOCK = threading.Lock()
 
 def settle(value):
     "What a function returned; the result of its coroutine where it is an `async` function."
     if not inspect.iscoroutine(value): return value
     with _LOOP_LOCK:
-        if not _LOOP:
-            _LOOP.append(asyncio.new_event_loop())
-            threading.Thread(target=_LOOP[0].run_forever, daemon=True).start()
-    return asyncio.run_coroutine_threadsafe(value, _LOOP[0]).result()
+        if not _ASYNC:
+            _ASYNC.append(asyncio.new_event_loop())
+            threading.Thread(target=_ASYNC[0].run_forever, daemon=True).start()
+    return asyncio.run_coroutine_threadsafe(value, _ASYNC[0]).result()
 
 # %% ../nbs/foundations/16_judges.ipynb #e7c05a18
 def function_calls(function, form:str, rows:list)->list: # of `Call`

@@ -16,7 +16,7 @@ import torch
 
 from .artifacts import InputError, Progress
 from .data import candidate_parts
-from .judges import Answers, PolicyJudge, check_columns, load_judge, load_reward
+from .judges import Answers, PolicyJudge, check_reward, load_judge, load_reward
 from .loading import as_dtype, load_tokenizer, pick_device
 from .losses import reward_sigma
 from .settings import (REQUIRED, check_least, check_required, is_function,
@@ -116,7 +116,7 @@ def score(config:ScoreConfig)->dict: # summary: counts, mean reward, mean σ(x),
 def reward_answers(config, row:dict)->"Answers | None": # None: the reward is no function
     "What an interrupted call was answered by the same reward function."
     if not (config.reward and is_function(config.reward)): return None
-    check_columns(config.reward, row) # before any model is loaded
+    check_reward(config.reward, row) # before any model is loaded
     return Answers(config.output_dir, config.reward)
 
 def load_judges(config, tokenizer, answers=None)->tuple: # what gives rewards, what log-probs
