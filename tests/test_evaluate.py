@@ -195,6 +195,18 @@ def test_a_changed_judge_has_another_mark(tmp_path, monkeypatch):
     assert marks[0] == marks[2] != marks[1]
 
 
+def test_a_callable_is_a_judge(world, evaluated, tmp_path):
+    "The same numbers as by its name, which the summary records; each text is asked for once."
+    _, summary = evaluated
+    asked = []
+    def counted(prompt, completion):
+        asked.append((prompt, completion))
+        return gold(prompt, completion)
+    found = evaluate(replace(config_of(world, tmp_path/"out"), gold=counted, workers=4))
+    assert found["comparisons"]["test"]["gold"] == summary["comparisons"]["test"]["gold"]
+    assert found["settings"]["gold"].endswith("counted") and len(asked) == len({*asked})
+
+
 def test_changed_policy_is_evaluated_anew(world, evaluated, tmp_path, tiny_tokenizer):
     """Pitfall 11: a folder whose weights changed meets none of its old numbers;
     other policies keep theirs."""
