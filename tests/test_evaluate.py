@@ -271,6 +271,20 @@ def test_every_figure_draws_a_real_summary(evaluated):
     assert plt.get_fignums() == open_before, "figures that were turned into bytes are closed"
 
 
+def test_one_prompt_has_no_interval(world, tmp_path):
+    "Null in the summary, a dash in the report's tables, no bar in its figures."
+    from vcb_nb.report import judges_of, method_blocks, methods_table, render_html
+    summary = evaluate(config_of(world, tmp_path/"evaluate", limit=1))
+    policy = summary["policies"]["vcb-gamma0.5"]
+    for found in (policy["splits"]["test"]["gold"], policy["splits"]["test"]["kl"],
+                  policy["calibration"]["slope"],
+                  summary["comparisons"]["test"]["gold"]["sft"]["vcb-gamma0.5"]["margin"]):
+        assert found["low"] is None and found["high"] is None and math.isfinite(found["value"])
+    assert "[–]" in str(methods_table(summary).rows) and judges_of(summary)
+    assert "nan" not in render_html("t", method_blocks(summary)).lower().split("data:")[0]
+    test_every_figure_draws_a_real_summary((None, summary))
+
+
 def test_calibration_panel_names_slope_and_target(evaluated):
     fig = figures.plot_calibration(evaluated[1], ["vcb-gamma0.5"])
     ax = fig.axes[0]

@@ -208,3 +208,18 @@ def test_what_was_answered_before_a_failure_is_not_asked_again(tmp_path, workers
     assert Answers(tmp_path, "judge").found.keys() == answers.found.keys()
     answers.discard()
     assert not list(tmp_path.iterdir())
+
+
+def test_equal_samples_have_equal_rewards(base, tokenizer, tmp_path):
+    "To the last bit, wherever they stand: rounding between them would count as a signal."
+    from vcb_nb.losses import reward_sigma
+    from vcb_nb.saving import save_model
+    save_model(new_reward_model(base, tokenizer), tokenizer, tmp_path/"reward")
+    texts = [" a warm soup", " a cold room with a view", " a warm soup", " a warm soup"]
+    judge = load_judge(str(tmp_path/"reward"), device="cpu")
+    (found,) = judge([{"prompt": "The soup was", "completions": texts}])
+    assert found[0] == found[2] == found[3] != found[1]
+    assert judge([{"prompt": "The soup was", "completions": texts[:2]}]) == [
+        pytest.approx(found[:2], abs=1e-5)]
+    same = judge([{"prompt": "The soup was", "completions": texts[:1] * 5}])
+    assert not reward_sigma(torch.tensor(same, dtype=torch.float64))[1].any()

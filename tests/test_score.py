@@ -48,7 +48,8 @@ one_too_few.batched = True
 
 
 class Length:
-    def __init__(self, scale, broken=False): self.scale, self._broken, self._asked = scale, broken, []
+    def __init__(self, scale, broken=False):
+        self.scale, self._broken, self._asked = scale, broken, []
 
     def __call__(self, prompt, completion):
         if prompt.startswith("How") and self._broken: raise TimeoutError("try later")

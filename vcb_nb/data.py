@@ -10,16 +10,18 @@ __all__ = ['load_rows', 'split_dialogue', 'load_pairs', 'load_demonstrations', '
            'pairs_to_candidates']
 
 # %% ../nbs/foundations/04_data.ipynb #c1c65889
-import gzip, json, logging, math, re, zlib
+import gzip, json, logging, math, re, unicodedata, zlib
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
 import pyarrow as pa
+import torch
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from .artifacts import InputError, atomic_dir, did_you_mean
+from .losses import reward_resolution
 from .shards import refuse_altered
 
 # %% ../nbs/foundations/04_data.ipynb #685c54c6
@@ -329,13 +331,20 @@ def _usable(rows, name):
         rows = rows.filter(lambda reason: not reason, input_columns="dropped")
     return rows.remove_columns("dropped")
 
+FILLERS = "\u115f\u1160\u2800\u3164\uffa0" # letters by their category, blank in every font
+
+def is_blank(text:str)->bool:
+    "Is there nothing to see: no character, or only spaces, controls and zero-width ones?"
+    return all(c in FILLERS or unicodedata.category(c) in ("Cc", "Cf", "Zs", "Zl", "Zp")
+               for c in text)
+
 def _pair(row):
     "A preference pair; if it is unusable, `dropped` says why."
     prompt, chosen, rejected, dropped = row.get("prompt", ""), row["chosen"], row["rejected"], ""
     try:
         if "prompt" not in row: prompt, chosen, rejected = split_dialogue(chosen, rejected)
     except InputError as e: dropped = str(e)
-    if not (chosen.strip() and rejected.strip()): dropped = dropped or "empty response"
+    if is_blank(chosen) or is_blank(rejected): dropped = dropped or "empty response"
     if chosen == rejected: dropped = dropped or "chosen equals rejected"
     return row | dict(prompt=prompt, chosen=chosen, rejected=rejected, dropped=dropped)
 
@@ -361,7 +370,7 @@ TLDR = "\n\nTL;DR:"
 
 def _demonstration(prompt, completion):
     "A demonstration; if it is unusable, `dropped` says why."
-    dropped = "" if completion.strip() else "empty completion"
+    dropped = "empty completion" if is_blank(completion) else ""
     return dict(prompt=prompt, completion=completion, dropped=dropped)
 
 DEMONSTRATION_FORMATS = {
@@ -425,6 +434,23 @@ def load_texts(source, # see `load_rows`
     rows = _demonstrations(place)
     return rows.map(lambda row: {"text": row["prompt"] + row["completion"]},
                     remove_columns=rows.column_names)
+
+# %% ../nbs/foundations/04_data.ipynb #27f4c9be
+def warn_shared(train, held, # data sets
+                name:str, # of the held-out file, for the message
+               )->tuple: # held-out rows that are training rows, and whose prompt is trained on
+    "Count the held-out rows that training sees too, and say so."
+    columns = [c for c in ("prompt", "chosen", "rejected", "completion", "completions", "text")
+               if c in train.column_names and c in held.column_names]
+    def keys(rows, names): return [json.dumps(row) for row in zip(*(rows[n] for n in names))]
+    seen, prompts = set(keys(train, columns)), set(keys(train, columns[:1]))
+    same = sum(key in seen for key in keys(held, columns))
+    shared = sum(key in prompts for key in keys(held, columns[:1]))
+    if shared:
+        log.warning("%s: %d of %d held-out rows are training rows too, and %d share their %s with "
+                    "one. What is measured on them says nothing of new prompts. Hold out others.",
+                    name, same, len(held), shared, columns[0])
+    return same, shared
 
 # %% ../nbs/foundations/04_data.ipynb #062b0887
 PER_CANDIDATE = ("completion_ids", "finish_reasons", "sample_logps", "rewards", "ref_logps")
@@ -631,11 +657,12 @@ PAIR_MODES = ("all", "best_worst", "best_of_rest")
 
 def _winner_loser(rewards, mode):
     "Index pairs (winner, loser) of a row. Equal rewards are not ordered."
+    tie = reward_resolution(torch.tensor([rewards], dtype=torch.float64)).item()
     order = sorted(range(len(rewards)), key=lambda i: -rewards[i])
     pairs = {"all": combinations(order, 2),
              "best_worst": [(order[0], order[-1])],
              "best_of_rest": [(order[0], i) for i in order[1:]]}[mode]
-    return [(w, l) for w, l in pairs if rewards[w] > rewards[l]]
+    return [(w, l) for w, l in pairs if rewards[w] - rewards[l] > tie]
 
 # %% ../nbs/foundations/04_data.ipynb #76edb21d
 def _row_pairs(batch, mode):

@@ -93,7 +93,8 @@ class EvaluateConfig(ScoringConfig):
     temperature: float = option(1., "Sampling temperature; KL is measured at 1 only.")
     top_p: float = option(1., "Draw from this nucleus; KL is measured at 1 only.")
     top_k: int = option(0, "Draw from this many likeliest tokens, 0: all; KL needs 0.")
-    tie_tolerance: float = option(1e-6, "Reward gaps up to this size are ties.")
+    tie_tolerance: float | None = option(None,
+        "Reward gaps up to this size are ties; a millionth of all rewards' spread if not given.")
     batch_size: int = option(16, "Prompts sampled at once.", decides=False)
 
     def __post_init__(self):
@@ -248,7 +249,7 @@ def gains(table:CompletionTable,
 
 # %% ../nbs/stages/08_evaluate.ipynb #944995fe
 def compare(rewards:dict, # policy → [P][n] rewards of the same prompts by one judge
-            tolerance:float=1e-6, # see `win_tie_lose`
+            tolerance:float=None, # see `win_tie_lose`
             coupled:bool=True, # same-numbered samples share their random numbers
             **boot)->dict: # a → b → {win, tie, lose, margin}
     "Shares of wins, ties and losses of each policy against each other policy."

@@ -371,8 +371,16 @@ class RewardJudge(Judge):
         if not self.shared: log.info("%s reads the text with its own tokenizer", path)
 
     def judge(self, rows):
-        ids = stored_ids(rows) if self.shared else encode_rows(self.tokenizer, rows, *self.lengths)
-        return reward_scores(self.model, *ids, self.batch_tokens)
+        prompts, lists = (stored_ids(rows) if self.shared else
+                          encode_rows(self.tokenizer, rows, *self.lengths))
+        check_readable(self.model, prompts, lists, needs_prompt=False)
+        check_endings(self.model, lists)
+        # Equal samples are read once: their rewards are equal to the last bit, as σ(x) needs it.
+        once = [list(dict.fromkeys(map(tuple, ids))) for ids in lists]
+        scores = reward_scores(self.model, prompts, [list(map(list, ids)) for ids in once],
+                               self.batch_tokens)
+        found = [dict(zip(ids, values)) for ids, values in zip(once, scores)]
+        return [[row[tuple(c)] for c in ids] for row, ids in zip(found, lists)]
 
 # %% ../nbs/foundations/16_judges.ipynb #16b7c8d9
 class PolicyJudge(Judge):

@@ -20,7 +20,7 @@ from transformers import set_seed
 from .adapters import add_lora, check_lora
 from .artifacts import InputError, write_json
 from .batches import pad_rows
-from .data import encode_completion, encode_prompt, load_pairs, load_rows
+from .data import encode_completion, encode_prompt, load_pairs, load_rows, warn_shared
 from .loading import as_dtype, load_tokenizer, new_reward_model
 from .measures import reward_metrics
 from .settings import REQUIRED, check_least, check_required, option
@@ -129,7 +129,9 @@ def _different(rows):
 def reward_datasets(config:RewardConfig, tokenizer)->tuple: # (training, held-out or None, dropped)
     "Load, split by prompt, encode."
     source = load_pairs(str(config.pairs))
-    if config.eval_pairs: parts = source, load_pairs(str(config.eval_pairs))
+    if config.eval_pairs:
+        parts = source, load_pairs(str(config.eval_pairs))
+        warn_shared(*parts, config.eval_pairs)
     else: parts = held_out_split(source, config.eval_share, config.seed)
     train, held = (part and _encode_pairs(part, tokenizer, config) for part in parts)
     dropped = {"not a pair": len(load_rows(str(config.pairs))) - len(source),
