@@ -94,4 +94,8 @@ def unspeakable(prompt, completion): return Unspeakable()
 
 def three(prompt, completion, reference): return 0.
 
+def swapped(completion, prompt): return 0.
+
+def beyond(prompt, completion): return 1.7e308
+
 number = 3.

@@ -223,3 +223,22 @@ def test_equal_samples_have_equal_rewards(base, tokenizer, tmp_path):
         pytest.approx(found[:2], abs=1e-5)]
     same = judge([{"prompt": "The soup was", "completions": texts[:1] * 5}])
     assert not reward_sigma(torch.tensor(same, dtype=torch.float64))[1].any()
+
+
+def test_a_reward_that_changes_what_it_gets_changes_no_row():
+    rows = [{"prompt": "a", "completions": ["c", "b"], "completion_ids": [[2], [1]]}]
+    def greedy(completions, completion_ids):
+        completions.sort()
+        for ids in completion_ids: ids.clear()
+        return [float(len(text)) for text in completions]
+    assert FunctionJudge(greedy)(rows) == [[1, 1]]
+    assert rows == [{"prompt": "a", "completions": ["c", "b"], "completion_ids": [[2], [1]]}]
+
+
+@pytest.mark.parametrize("source", [3, ["module:function"], {"a": 1}])
+def test_a_judge_of_the_wrong_type_is_told(source):
+    from vcb_nb.evaluate import EvaluateConfig
+    from vcb_nb.score import ScoreConfig
+    for make in (lambda: ScoreConfig("c", "out", reward=source),
+                 lambda: EvaluateConfig(reference="r", prompts="p", gold=source)):
+        with pytest.raises(InputError, match="or in Python a callable"): make()

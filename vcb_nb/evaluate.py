@@ -17,13 +17,13 @@ import torch
 
 from .artifacts import InputError, did_you_mean, fingerprint, read_json, write_json
 from .data import attach_ids, load_candidates
-from .judges import Answers, PolicyJudge, load_judge, load_reward, source_mark
+from .judges import Answers, PolicyJudge, check_judge, load_judge, source_mark
 from .loading import as_dtype, check_same_tokenizer, load_tokenizer, pick_device
 from .measures import (calibration, distinct_n, distinct_share, estimate, kl_estimates,
-                             margin, win_tie_lose)
+                             margin, sigmas, win_tie_lose)
 from .sample import SampleConfig, sample
-from .settings import (REQUIRED, check_least, check_required, config_key, function_name,
-                             is_function, option, source_key)
+from .settings import (REQUIRED, brief, check_least, check_required, config_key,
+                             function_name, is_function, option, source_key)
 from .shards import rank_and_world, read_parts
 
 # %% ../nbs/stages/08_evaluate.ipynb #a70153b1
@@ -57,8 +57,7 @@ class ScoringConfig:
             raise InputError(f"level is {self.level}. Set it between 0 and 1, for example to 0.95.")
         pick_device(self.device)
         as_dtype(self.dtype)
-        judges = filter(None, (getattr(self, name, None) for name in JUDGES))
-        for judge in filter(is_function, judges): load_reward(judge)
+        for name in JUDGES: check_judge(name, getattr(self, name, None))
 
     @property
     def boot(self)->dict: return dict(n_boot=self.n_boot, level=self.level, seed=self.seed)
@@ -71,6 +70,27 @@ def sampling(config, policy:str, prompts:str, folder)->SampleConfig:
     "The settings of the sampling, the same for every policy."
     return SampleConfig(policy=policy, prompts=prompts, output_dir=str(folder),
                         **{name: getattr(config, name) for name in SAMPLING})
+
+# %% ../nbs/stages/08_evaluate.ipynb #4b6f02ad
+def check_policies(policies)->None:
+    "Raise `InputError` for policies that are no mapping of names to models."
+    if not isinstance(policies, dict):
+        raise InputError(f"policies is {brief(policies)}. Map a name to each model's folder.")
+    for name, path in policies.items():
+        if not (isinstance(name, str) and name.strip() and isinstance(path, (str, Path)) and path):
+            raise InputError(f"policies: {brief(name)} stands for {brief(path)}. Give each policy "
+                             "a name and a model's folder.")
+
+def check_method(name:str, about)->None:
+    "Raise `InputError` for an entry of `methods` that the frontier cannot place."
+    for key in about:
+        if key not in METHOD_KEYS:
+            raise InputError(f"methods.{name}: '{key}' is not known. "
+                             + did_you_mean(key, METHOD_KEYS))
+    if not isinstance(value := about.get("value"), (int, float, type(None))):
+        raise InputError(f"methods.{name}: value is {brief(value)}, but a number is needed.")
+
+METHOD_KEYS = ("method", "strength", "value")
 
 # %% ../nbs/stages/08_evaluate.ipynb #dc6c03c0
 @dataclass
@@ -101,7 +121,9 @@ class EvaluateConfig(ScoringConfig):
         super().__post_init__()
         check_least(self, tie_tolerance=0)
         sampling(self, self.reference, self.prompts, "samples")
-        for name in self.methods:
+        check_policies(self.policies)
+        for name, about in self.methods.items():
+            check_method(name, about)
             if name not in {"sft", *self.policies}:
                 raise InputError(f"methods names '{name}', which is not a policy. "
                                  + did_you_mean(name, self.policies))
@@ -220,6 +242,18 @@ def candidate_table(config, tokenizer,
                        config.max_new_tokens, config.dtype, tokenizer.get_vocab()])[:12]
     return CompletionTable(Path(config.output_dir)/f"candidates-{key}", list(rows)), dropped
 
+# %% ../nbs/stages/08_evaluate.ipynb #d2c81e97
+def check_signal(source:str, # scored candidates
+                 limit:int|None=None, # of their rows
+                )->None:
+    "Raise `InputError` where no prompt of scored candidates has two different rewards."
+    rows = load_candidates(source)
+    if "rewards" not in rows.column_names:
+        raise InputError(f"{source} has no column 'rewards'. Score it (vcb score).")
+    if not sigmas(rows["rewards"][:limit])[1].any():
+        raise InputError(f"{source}: no prompt has two candidates with different rewards, so "
+                         "nothing can be compared. Sample more per prompt, or check the rewards.")
+
 # %% ../nbs/stages/08_evaluate.ipynb #8358e7fb
 def measure(table:CompletionTable, config)->dict: # each number an `estimate`; KL is None off policy
     "Reward, KL, length and diversity of one policy's samples on one split."
@@ -276,6 +310,7 @@ def frontier(policies:dict, # the summary's policies
 def evaluate(config:EvaluateConfig)->dict: # the summary, also in output_dir/summary.json
     "Sample every policy on the same prompts; measure reward, KL, diversity, wins and calibration."
     config = replace(config, policies={"sft": config.reference, **config.policies})
+    if config.candidates: check_signal(config.candidates, config.limit) # before the sampling
     if not config.on_policy:
         log.warning("Samples at temperature %g, top_p %g, top_k %d do not come from the policy "
                     "itself: no KL is reported.", config.temperature, config.top_p, config.top_k)

@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/judges.html.md"""
 __all__ = ['Judge', 'FunctionJudge', 'reward_scores', 'RewardJudge', 'PolicyJudge', 'load_judge']
 
 # %% ../nbs/foundations/16_judges.ipynb #2d2ade09
-import asyncio, inspect, json, logging, math, numbers, threading, time
+import asyncio, copy, inspect, json, logging, math, numbers, re, threading, time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from decimal import Decimal
@@ -86,6 +86,9 @@ def reward_form(function)->str: # 'pair', 'columns' (TRL's), or 'lists'
             f"The reward {function_name(function)}{signature} cannot be called with a prompt and "
             f"a completion ({brief(e, str)}). Give it the form (prompt, completion) -> float, or "
             f"(prompts, completions, **columns) -> list{hint}.") from None
+    if list(kinds)[:2] == ["completion", "prompt"]:
+        raise InputError(f"The reward {function_name(function)}{signature} takes the completion "
+                         "first. It is called with (prompt, completion): swap the two.")
     return "lists" if is_batched(function) else "pair"
 
 def is_batched(function)->bool:
@@ -97,9 +100,23 @@ def load_reward(source): # 'module:function', 'file.py:function', or the callabl
     reward_form(function)
     return function
 
+def check_judge(name:str, # of the setting
+                source)->None: # what it says
+    "Raise `InputError` where a setting names neither a function nor what may be a reward model."
+    if not source: return
+    if is_function(source): load_reward(source)
+    elif not isinstance(source, (str, Path)):
+        raise InputError(f"{name} is {brief(source)}. Give a reward model's folder, "
+                         "'module:function', or in Python a callable.")
+    elif not Path(source).exists() and re.fullmatch(r"(?![A-Za-z]:[\\/])[^\\/]*:.*|.*\.py(:.*)?",
+                                                    str(source)):
+        raise InputError(f"{name} is {brief(str(source))}, which is no folder and not of the form "
+                         "'module:function' or 'file.py:function'. Correct it.")
+
 # %% ../nbs/foundations/16_judges.ipynb #3ea7d916
 def reward_columns(row:dict)->dict: # name → list, one value per completion
-    "The columns that TRL's form gets of a candidate row."
+    "The columns that TRL's form gets of a candidate row, as copies: it may change them."
+    row = copy.deepcopy(row)
     n = len(row["completions"])
     def spread(name, value):
         return value if name in PER_CANDIDATE and value is not None else [value] * n

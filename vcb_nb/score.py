@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/stages/score.html.md"""
 __all__ = ['ScoreConfig', 'score']
 
 # %% ../nbs/stages/05_score.ipynb #f67dc9b6
-import logging, statistics, time
+import logging, math, statistics, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,8 @@ import torch
 
 from .artifacts import InputError, Progress
 from .data import candidate_parts
-from .judges import Answers, PolicyJudge, check_reward, load_judge, load_reward
+from .judges import (Answers, PolicyJudge, check_judge, check_reward, load_judge,
+                           row_place)
 from .loading import as_dtype, load_tokenizer, pick_device
 from .losses import reward_sigma
 from .settings import (REQUIRED, check_least, check_required, is_function,
@@ -27,11 +28,15 @@ from .shards import complete_parts, read_parts
 log = logging.getLogger(__name__)
 
 # %% ../nbs/stages/05_score.ipynb #7d1701b6
+def _mean_of(values)->float:
+    try: return statistics.fmean(values)
+    except OverflowError: return math.inf
+
 def reward_statistics(rewards:list, # of one prompt's candidates
                      )->dict: # reward_mean, reward_std
     "Mean and standard deviation (ddof=1) of one prompt's rewards; exactly 0 without a signal."
     sigma, _ = reward_sigma(torch.tensor([rewards], dtype=torch.float64))
-    return {"reward_mean": statistics.fmean(rewards), "reward_std": sigma.item()}
+    return {"reward_mean": _mean_of(rewards), "reward_std": sigma.item()}
 
 # %% ../nbs/stages/05_score.ipynb #b79a34fc
 def score_rows(rows:list, # candidate rows
@@ -41,6 +46,11 @@ def score_rows(rows:list, # candidate rows
     "Score candidate rows."
     rewards = judge(rows) if judge else [list(map(float, row["rewards"])) for row in rows]
     new = [{"rewards": values, **reward_statistics(values)} for values in rewards]
+    for row, found in zip(rows, new):
+        if not math.isfinite(found["reward_mean"] + found["reward_std"]):
+            low, high = min(found["rewards"]), max(found["rewards"])
+            raise InputError(f"{row_place(row)}: its rewards reach from {low:.3g} to {high:.3g}, "
+                             "beyond what a mean and σ can hold. Give rewards of a smaller scale.")
     if reference is not None:
         for row, values in zip(new, reference(rows)): row["ref_logps"] = values
     return [{**row, **added} for row, added in zip(rows, new)]
@@ -76,7 +86,7 @@ class ScoreConfig:
                     shard_size=1, workers=1)
         pick_device(self.device)
         as_dtype(self.dtype)
-        if self.reward and is_function(self.reward): load_reward(self.reward)
+        check_judge("reward", self.reward)
 
 # %% ../nbs/stages/05_score.ipynb #74424852
 def score(config:ScoreConfig)->dict: # summary: counts, mean reward, mean σ(x), no_signal
