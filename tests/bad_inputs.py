@@ -431,6 +431,73 @@ def renamed_eos(folder):
     path.write_text(path.read_text().replace("<|endoftext|>", "<|nothing|>"))
 
 
+def reward(name, *says, stage="score"):
+    return Case(f"{stage}: reward {name}", stage, {"reward": f"reward_kinds:{name}"}, says)
+
+
+REWARDS = [
+    reward("divides", "Prompt row 0", "candidate 0", "ZeroDivisionError: division by zero",
+           "(reward_kinds.py:", "is kept"),
+    reward("divides", "Prompt row 0", "candidate 0", "ZeroDivisionError", stage="evaluate"),
+    reward("divides", "Prompt row 0", "candidate 0", "ZeroDivisionError", stage="diagnose"),
+    reward("leaves", "Prompt row 0", "SystemExit: enough"),
+    reward("shouts", "ValueError: one line and another one line"),
+    reward("huge", "Prompt row 0", "candidate 0", "is 1000000", "not a finite number"),
+    reward("longer_than_python_prints", "a value of type int", "not a finite number"),
+    reward("array", "candidate 0", "is [1.0, 2.0], not a finite"),
+    reward("complex_number", "candidate 0", "is 1j, not a finite"),
+    reward("unspeakable", "a value of type Unspeakable"),
+    reward("nothing", "Prompt row 0", "candidates 0 to 2", "gave None, not a list"),
+    reward("one_word", "gave 'ggg', not a list"),
+    reward("too_few", "Prompt row 0", "2 numbers for 3 completions"),
+    reward("none_for_the_second", "Prompt row 0", "candidate 1: the reward is None"),
+    reward("answered", "needs a column 'answer'", "do not have"),
+    reward("three", "missing a required argument: 'reference'", "(prompt, completion) -> float"),
+    reward("three", "missing a required argument", stage="evaluate"),
+    reward("number", "number is 3.0, which cannot be called"),
+    reward("Length", "Name an instance of the class"),
+    reward("instance.metod", "no function 'instance.metod'"),
+    Case("built-in of another form", "score", {"reward": "builtins:len"},
+         ("builtins:len", "cannot be called with a prompt and a completion")),
+    Case("judge in no file", "score", {"reward": "nowhere/judge.py:length"},
+         ("there is no file nowhere/judge.py",)),
+    Case("judge's file that fails", "score", {"reward": lambda world, own: str(
+        File("judge.py", "import math\nmath.sqrt(-1)\n").write(own)) + ":f"},
+         ("cannot be imported", "ValueError", "(judge.py:2)")),
+    Case("judge's file with a slip", "evaluate", {"reward": lambda world, own: str(
+        File("judge.py", "def f(:\n").write(own)) + ":f"}, ("cannot be imported", "SyntaxError")),
+    reward("swapped", "takes the completion first", "swap the two"),
+    Case("judge that is a module", "score", {"reward": "reward_kinds.py"},
+         ("reward_kinds.py", "'file.py:function'")),
+    Case("judge with a space", "score", {"reward": "bad_inputs: length"},
+         ("bad_inputs: length", "'module:function'")),
+    Case("judge with two colons", "evaluate", {"reward": "bad_inputs::length"},
+         ("reward is", "'module:function'")),
+    Case("judge with brackets", "diagnose", {"reward": "bad_inputs:length()"},
+         ("length()", "'module:function'")),
+    Case("second judge of a relative module", "evaluate", {"gold": ".bad_inputs:length"},
+         ("gold is", "'module:function'")),
+    Case("rewards beyond every scale", "score", {"reward": "reward_kinds:beyond"},
+         ("Prompt row 0", "to 1.7e+308", "smaller scale")),
+    candidates("given rewards beyond every scale", [{**LIST, "rewards": [1e200, -1e200, 0.]}],
+               "Prompt row 0", "smaller scale", stage="score", reward=None),
+    candidates("held-out candidates of equal rewards", [{**LIST, "rewards": [1., 1., 1.]}] * 2,
+               "c.jsonl", "two candidates with different rewards", stage="evaluate"),
+    candidates("held-out candidates without rewards", [{"prompt": "a", "completions": [" b"]}],
+               "c.jsonl", "no column 'rewards'", stage="evaluate"),
+    candidates("diagnosis of equal rewards", [{**LIST, "rewards": [.1 + .2, .3, .3]}],
+               "c.jsonl", "two candidates with different rewards", stage="diagnose"),
+    Case("policy without a name", "evaluate", {"policies": {" ": "{policy}"}},
+         ("policies", "a name")),
+    Case("policy without a folder", "evaluate", {"policies": {"a": ""}}, ("policies", "'a'")),
+    Case("misspelt key of a method", "evaluate", {"methods": {"again": {"metod": "vcb"}}},
+         ("methods.again", "Did you mean 'method'?")),
+    Case("strength that is no number", "evaluate",
+         {"methods": {"again": {"method": "vcb", "value": "big"}}}, ("methods.again", "'big'")),
+    Case("no workers", "score", {"workers": 0}, ("workers", "1 or more")),
+]
+
+
 def value(stage, key, wrong, *says):
     return Case(f"{stage}.{key} = {wrong}", stage, {key: wrong}, says)
 
@@ -505,7 +572,7 @@ VALUES = [
          env={"RANK": "4", "WORLD_SIZE": "2"}),
 ]
 
-CASES = [*FILES, *CANDIDATES, *UNFINISHED, *MODELS, *VALUES]
+CASES = [*FILES, *CANDIDATES, *UNFINISHED, *MODELS, *REWARDS, *VALUES]
 
 
 # ---- recipes: text of the file, words of the message

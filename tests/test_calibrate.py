@@ -552,6 +552,21 @@ def test_the_picked_candidates_are_those_of_the_batch(rows):
     for name in ("rewards", "ref_logps", "mask"): assert torch.equal(ours[name], theirs[name])
 
 
+def test_a_high_level_of_rewards_trains_as_a_low_one(rows):
+    "Fractions of a reward at a million reach the loss whole, and their order the metrics."
+    low = [{k: v for k, v in row.items() if k != "reward_std"} for row in rows]
+    high = [row | {"rewards": [1e6 + r for r in row["rewards"]]} for row in low]
+    low, up = (stage.CandidateCollator(0)(prepared(r)[0].to_list()) for r in (low, high))
+    level = 1e6 * low["mask"]
+    torch.testing.assert_close(low["rewards"] + level, up["rewards"], atol=1e-9, rtol=0)
+    torch.testing.assert_close(low["sigma"], up["sigma"], atol=1e-6, rtol=0)
+    ratios = torch.tensor([[1., 0.]])
+    at = torch.tensor([[1e6 + .85, 1e6 + .1]], dtype=torch.float64)
+    for rewards, accuracy in ((at, 1), (at.flip(1), 0)):
+        found = stage.pair_metrics(ratios, rewards, torch.ones(1, 2, dtype=torch.bool))
+        assert found[0] == accuracy
+
+
 def test_sigma_is_estimated_before_subsampling(model):
     "Identity 7: 'stored' uses all scored candidates, 'candidates' the picked, 'dataset' a pool."
     rows = make_rows(model, prompts=5, n=6)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vcb_nb import data
-from vcb_nb.artifacts import InputError
+from vcb_nb.artifacts import InputError, write_jsonl
 from vcb_nb.data import (
     PAIR_MODES, attach_ids, candidates_to_pairs, encode_completion, encode_prompt,
     load_candidates, load_demonstrations, load_pairs, load_prompts, load_rows, load_texts,
@@ -541,3 +541,33 @@ def test_trl_trains_on_the_pairs(tmp_path, tiny_tokenizer):
         for column in ("chosen", "rejected"):
             assert theirs[f"{column}_ids"] == encode_completion(tiny_tokenizer, ours[column])[0]
     assert abs(trainer.train().training_loss - 0.6931) < 1e-3
+
+
+@pytest.mark.parametrize("level, scale", [(0, 1), (1e6, 1), (1e12, 1e3), (0, 1e-9)])
+def test_pairs_follow_the_spread_of_the_rewards(level, scale):
+    "Residues of rounding are ties; a gap at a high level or of a small scale is none."
+    rewards = [level + scale * r for r in (.1, .85, .85)]
+    rows = Dataset.from_list([dict(prompt="a", completions=[" b", " c", " d"], rewards=rewards),
+                              dict(prompt="e", completions=[" f", " g"], rewards=[.1 + .2, .3])])
+    found = [(row["chosen"], row["rejected"]) for row in candidates_to_pairs(rows)]
+    assert sorted(found) == [(" c", " b"), (" d", " b")]
+
+
+@pytest.mark.parametrize("blank", ["\u200b", "\ufeff \u2060", "\u00ad\n", "\u3164", "\x00\t"])
+def test_an_answer_that_shows_nothing_is_empty(tmp_path, blank, caplog):
+    path = write_jsonl(tmp_path/"p.jsonl", [dict(prompt="a", chosen=" b", rejected=blank),
+                                            dict(prompt="a", chosen=" b", rejected="\u200bc")])
+    assert len(load_pairs(path)) == 1 and "empty response: 1" in caplog.text
+    path = write_jsonl(tmp_path/"d.jsonl", [dict(prompt="a", completion=blank),
+                                            dict(prompt="a", completion=" b")])
+    assert len(load_demonstrations(path)) == 1 and "empty completion: 1" in caplog.text
+
+
+def test_held_out_rows_that_are_trained_on_are_counted(caplog):
+    train = Dataset.from_list([dict(prompt=p, chosen=" b", rejected=" c") for p in "abc"])
+    held = Dataset.from_list([dict(prompt=p, chosen=" b", rejected=r) for p, r in
+                              (("a", " c"), ("a", " d"), ("z", " c"))])
+    assert data.warn_shared(train, held, "held.jsonl") == (1, 2)
+    assert "held.jsonl: 1 of 3 held-out rows are training rows too, and 2 share" in caplog.text
+    caplog.clear()
+    assert data.warn_shared(train, held.select([2]), "held.jsonl") == (0, 0) and not caplog.text

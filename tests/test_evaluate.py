@@ -195,6 +195,18 @@ def test_a_changed_judge_has_another_mark(tmp_path, monkeypatch):
     assert marks[0] == marks[2] != marks[1]
 
 
+def test_a_callable_is_a_judge(world, evaluated, tmp_path):
+    "The same numbers as by its name, which the summary records; each text is asked for once."
+    _, summary = evaluated
+    asked = []
+    def counted(prompt, completion):
+        asked.append((prompt, completion))
+        return gold(prompt, completion)
+    found = evaluate(replace(config_of(world, tmp_path/"out"), gold=counted, workers=4))
+    assert found["comparisons"]["test"]["gold"] == summary["comparisons"]["test"]["gold"]
+    assert found["settings"]["gold"].endswith("counted") and len(asked) == len({*asked})
+
+
 def test_changed_policy_is_evaluated_anew(world, evaluated, tmp_path, tiny_tokenizer):
     """Pitfall 11: a folder whose weights changed meets none of its old numbers;
     other policies keep theirs."""
@@ -257,6 +269,20 @@ def test_every_figure_draws_a_real_summary(evaluated):
     for plot in (figures.plot_calibration, figures.plot_rewards, figures.plot_samples):
         drawn(plot(summary))
     assert plt.get_fignums() == open_before, "figures that were turned into bytes are closed"
+
+
+def test_one_prompt_has_no_interval(world, tmp_path):
+    "Null in the summary, a dash in the report's tables, no bar in its figures."
+    from vcb_nb.report import judges_of, method_blocks, methods_table, render_html
+    summary = evaluate(config_of(world, tmp_path/"evaluate", limit=1))
+    policy = summary["policies"]["vcb-gamma0.5"]
+    for found in (policy["splits"]["test"]["gold"], policy["splits"]["test"]["kl"],
+                  policy["calibration"]["slope"],
+                  summary["comparisons"]["test"]["gold"]["sft"]["vcb-gamma0.5"]["margin"]):
+        assert found["low"] is None and found["high"] is None and math.isfinite(found["value"])
+    assert "[–]" in str(methods_table(summary).rows) and judges_of(summary)
+    assert "nan" not in render_html("t", method_blocks(summary)).lower().split("data:")[0]
+    test_every_figure_draws_a_real_summary((None, summary))
 
 
 def test_calibration_panel_names_slope_and_target(evaluated):

@@ -6,8 +6,10 @@ import pytest
 
 from vcb_nb.calibrate import CalibrationConfig, CalibrationTrainer
 from vcb_nb.data import pairs_to_candidates
+from vcb_nb.judges import load_judge
 from vcb_nb.losses import LOSSES
 from vcb_nb.models import new_policy
+from vcb_nb.settings import load_function
 
 trl = pytest.importorskip("trl", reason="TRL is a peer of the tests only")
 PAGE = (Path(__file__).parent.parent/"nbs"/"from_trl.qmd").read_text("utf-8")
@@ -70,3 +72,19 @@ def test_dpo_is_the_same_dpo(tmp_path, tiny_tokenizer):
     accuracies = [(one["rewards/accuracies"], other["rewards/accuracies"]) for one, other in logs]
     assert accuracies[0] == (0, .5) # all gaps are 0: a tie counts nothing there and half here
     assert all(one == other for one, other in accuracies[1:]) and logs[-1][0]["loss"] < .5
+
+
+def test_reward_functions_of_the_page_score_as_in_trl(tmp_path):
+    "The page's file of rewards, called by name here and directly as a GRPO trainer calls it."
+    part = PAGE[PAGE.index("## Reward functions"):]
+    (tmp_path/"rewards.py").write_text(re.search(r"```python\n(.*?)```", part, re.S)[1])
+    texts = ["4", "five", "<think>\nhm\n</think>\n4"]
+    row = {"prompt": "2 + 2?", "completions": texts, "answer": "4",
+           "completion_ids": [[1, 2, 3, 4], [5] * 6, [1, 2]]}
+    theirs = dict(prompts=[row["prompt"]] * 3, completions=texts, answer=["4"] * 3,
+                  completion_ids=row["completion_ids"], trainer_state=None)
+    for name in ("repetition", "right", "thinks", "both"):
+        source = f"{tmp_path}/rewards.py:{name}"
+        assert load_judge(source)([row]) == [load_function(source)(**theirs)]
+    assert load_judge(f"{tmp_path}/rewards.py:thinks")([row]) == [[0, 0, 1]]
+    assert load_judge(f"{tmp_path}/rewards.py:both")([row]) == [[1, -.75, 0]]

@@ -297,7 +297,7 @@ def test_identity_9_equal_rewards_carry_no_signal(level, dtype):
     "Pitfall 22: a float residue of equal rewards does not pass the guard; loss and gradient are 0."
     rewards = torch.full((1, 7), level, dtype=dtype)
     residue = rewards.clone()
-    residue[0, ::2] = torch.nextafter(residue[0, 0].float(), torch.tensor(math.inf)).to(dtype)
+    residue[0, ::2] = torch.nextafter(residue[0, 0], torch.tensor(math.inf, dtype=dtype))
     for r in (rewards, residue if abs(level) > 0 else rewards):
         sigma, signal = reward_sigma(r)
         assert sigma.tolist() == [0.] and not signal.any()
@@ -315,6 +315,28 @@ def test_small_but_real_reward_spread_is_kept():
     sigma, signal = reward_sigma(1e-12 * torch.tensor([[1., 2., 4.]]))
     assert signal.all() and sigma.dtype is torch.float64
     close(sigma, 1e-12 * torch.tensor([[1., 2., 4.]]).double().std(1), rtol=1e-5, atol=0.)
+
+
+@pytest.mark.parametrize("level", [0., 1e6, -1e6, 1e12])
+@pytest.mark.parametrize("gaps", [[.1, .85], [1., 2., 2.], [0., .5, .25]])
+def test_a_high_level_hides_no_difference(level, gaps):
+    "What counts is the spread: a level is only limited by where float64 ends."
+    rewards = torch.tensor([gaps], dtype=torch.float64)
+    sigma, signal = reward_sigma(rewards + level)
+    assert signal.all()
+    close(sigma, reward_sigma(rewards)[0], rtol=4 * abs(level) * 2**-52 + 1e-12, atol=0.)
+    for name in LOSSES:
+        logps, ref = batch(1, prompts=1, n=len(gaps))[:2]
+        lengths = torch.ones_like(logps)
+        if "value" not in name:
+            close(value(name, (logps, ref, rewards + level, lengths)),
+                  value(name, (logps, ref, rewards, lengths)), rtol=1e-3, atol=1e-6)
+
+
+def test_ties_are_relative_to_the_spread():
+    order = losses._pair_order(torch.tensor([[0., 1e-8, 1.], [0., 1e-8, 2e-8]]).double(), None,
+                               torch.zeros(1).double())
+    assert order.tolist() == [[0, -1, -1], [-1, -1, -1]]
 
 
 def test_identity_10_duplicates_leave_no_residual():

@@ -87,7 +87,11 @@ def test_win_tie_lose_is_brute_force():
 
 
 def test_tolerance_decides_ties():
-    assert win_tie_lose([[1.0]], [[1.0 + 1e-7]]).tolist() == [[0, 1, 0]]
+    assert win_tie_lose([[1.0], [2.0]], [[1.0 + 1e-7], [2.0]]).tolist() == [[0, 1, 0]] * 2
+    for level, scale in ((0, 1), (1e6, 1), (0, 1e-9)): # relative to the spread, at any level
+        a, b = ([[level + scale*r] for r in rewards] for rewards in ([.1, .3], [.85, .3]))
+        assert win_tie_lose(a, b).tolist() == [[0, 0, 1], [0, 1, 0]]
+    assert win_tie_lose([[.1 + .2]], [[.3]]).tolist() == [[0, 1, 0]]
     assert win_tie_lose([[1.0]], [[1.25]], .25).tolist() == [[0, 1, 0]]
     assert win_tie_lose([[1.0]], [[1.25]], .2).tolist() == [[0, 0, 1]]
 
@@ -342,3 +346,23 @@ def test_two_candidates_lose_the_values():
     pooled = calibration(r, r, sigma="dataset", n_boot=10)
     assert (pooled["r2"]["value"] == pytest.approx(1)
             and calibration(r, r, n_boot=10)["r2"]["value"] < .9)
+
+
+def test_ranks_share_what_is_a_tie():
+    assert ranks([.1 + .2, .3, 1e6]).tolist() == [1, 1, 2.5]
+    assert ranks([1e6 + .1, 1e6 + .85]).tolist() == [.5, 1.5]
+
+
+def test_one_prompt_has_no_interval():
+    "Width 0 would say that all is known; null says that nothing is. Two prompts have one."
+    one = [bootstrap_interval([3.]), bootstrap_interval([[3., 4.]], lambda m: m[:, 1]),
+           wilson_interval(0, 0)]
+    assert one == [(None, None)] * 3
+    assert estimate([3.]) == dict(value=3., low=None, high=None, prompts=1)
+    assert estimate([3., 3.])["low"] == 3 and None not in wilson_interval(1, 1)
+    several = reward_metrics([1., 2.], [0., 3.], ["same", "same"])
+    assert several["accuracy"] == .5 and several["accuracy_interval"] == [None, None]
+    found = calibration([[0., 1., 2.]], [[0., 1., 2.]])
+    for name in ("slope", "r2", "pearson", "spearman", "implied_gamma"):
+        assert found[name]["value"] == pytest.approx(1) and found[name]["high"] is None
+    assert estimate_text(found["slope"]) == "1 [–]"

@@ -48,6 +48,16 @@ def one_too_few(prompts, completions): return [1.] * (len(prompts) - 1)
 one_too_few.batched = True
 
 
+class Length:
+    def __init__(self, scale, broken=False):
+        self.scale, self._broken, self._asked = scale, broken, []
+
+    def __call__(self, prompt, completion):
+        if prompt.startswith("How") and self._broken: raise TimeoutError("try later")
+        self._asked.append((prompt, completion))
+        return self.scale * len(completion)
+
+
 def tiny(tokenizer, **sizes):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **sizes}
     return new_policy(tokenizer, **sizes).eval()
@@ -392,3 +402,28 @@ def test_pairs_for_trl(config):
 
 def test_every_setting_has_help():
     assert all(f.metadata.get("help") for f in fields(ScoreConfig))
+
+
+# ---- rewards from Python, and costly ones
+
+def test_a_callable_is_a_setting_in_python(config):
+    "What it holds is part of the settings: resuming with another one is refused."
+    scoring = replace(config, reward=Length(2.), reference=None)
+    assert score(scoring) == score(replace(scoring, reward=Length(2.)))
+    for row in load_candidates(scoring.output_dir):
+        assert row["rewards"] == [2. * len(text) for text in row["completions"]]
+    with pytest.raises(InputError, match="reward: different content"):
+        score(replace(scoring, reward=Length(3.)))
+
+
+def test_a_costly_judge_is_asked_only_for_the_rest(config):
+    "A failure within a part loses no answer; other workers give the same files."
+    judge = Length(1., broken=True)
+    costly = replace(config, reward=judge, reference=None, shard_size=7, workers=3)
+    with pytest.raises(InputError, match="TimeoutError: try later"): score(costly)
+    judge._broken = False
+    score(replace(costly, workers=1))
+    rows = load_candidates(costly.output_dir)
+    pairs = {(row["prompt"], text) for row in rows for text in row["completions"]}
+    assert sorted(judge._asked) == sorted(pairs)
+    assert not list(Path(costly.output_dir).glob(".answers*"))

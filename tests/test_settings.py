@@ -102,8 +102,16 @@ def test_function_or_folder(tmp_path):
     assert not is_function("owner/model") and not is_function("C:\\models\\reward")
 
 
-def test_an_error_inside_a_users_module_is_shown_as_it_is(tmp_path, monkeypatch):
-    (tmp_path/"my_reward.py").write_text("import no_such_dependency\n")
+def test_an_error_inside_a_users_module_is_told(tmp_path, monkeypatch):
+    "Which module, and what it raised; the traceback stays behind the message."
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
-        load_function("my_reward:f")
+    for i, (code, said) in enumerate({
+            "import no_such_dependency": "No module named 'no_such_dependency' (my_reward0.py:1)",
+            "\n1/0": "ZeroDivisionError: division by zero (my_reward1.py:2)",
+            "def f(:": "SyntaxError", "raise SystemExit(3)": "SystemExit: 3"}.items()):
+        (tmp_path/f"my_reward{i}.py").write_text(code + "\n")
+        for source in (f"my_reward{i}:f", f"{tmp_path}/my_reward{i}.py:f"):
+            with pytest.raises(InputError, match="cannot be imported. It raised") as error:
+                load_function(source)
+            assert said in str(error.value) and "\n" not in str(error.value)
+            assert error.value.__cause__ is not None

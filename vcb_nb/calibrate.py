@@ -17,11 +17,13 @@ from transformers import set_seed
 from .adapters import check_lora, fresh_adapter
 from .artifacts import InputError, did_you_mean
 from .batches import check_dataset
-from .data import attach_ids, chat_candidates, check_stored_ids, load_candidates
+from .data import (attach_ids, chat_candidates, check_stored_ids, load_candidates,
+                         warn_shared)
 from .loading import (QuantizedLoading, at_revision, check_same_tokenizer, load_policy,
                             load_tokenizer)
 from .logprobs import WAYS, checked_logps, choose_way, lay_out
-from .losses import LOSSES, calibration_metrics, preference_loss, reward_sigma, target_gamma
+from .losses import (LOSSES, calibration_metrics, preference_loss, reward_resolution,
+                           reward_sigma, target_gamma)
 from .measures import TWO_CANDIDATES, pad_ragged, pooled_sigma
 from .models import disable_dropout
 from .settings import check_choice, check_least, option
@@ -265,7 +267,9 @@ class CandidateCollator:
     def __call__(self, rows:list)->dict:
         def taken(name): return [[row[name][j] for j in row["picked"]] for row in rows]
         rewards, mask = pad_ragged(taken("rewards"))
-        out = dict(mask=mask, rewards=rewards.float()) # the first tensor's length is the batch size
+        # float64: gaps at a high level would be rounded.
+        if torch.backends.mps.is_available(): rewards = rewards.float()
+        out = dict(mask=mask, rewards=rewards) # the first tensor's length is the batch size
         if "ref_logps" in rows[0]: out["ref_logps"] = pad_ragged(taken("ref_logps"))[0].float()
         out["sigma"] = torch.tensor([row["sigma"] for row in rows], dtype=torch.float32)
         out["weight"] = torch.ones(len(rows))
@@ -277,12 +281,12 @@ def make_record(inputs:dict, # of the collator
                 logps:Tensor, # [prompts, n] nats, policy
                 ref_logps:Tensor, # [prompts, n] nats, reference
                 losses:Tensor, # [prompts]
-               )->Tensor: # [prompts, n, 6] float32: mask, logps, ref_logps, rewards, sigma, loss
+               )->Tensor: # [prompts, n, 6]: mask, logps, ref_logps, rewards, sigma, loss
     "What a step saw, for metrics; per-prompt values are repeated over the candidates."
     wide = lambda t: t[:, None].expand_as(logps)
     columns = (inputs["mask"], logps, ref_logps, inputs["rewards"], wide(inputs["sigma"]),
                wide(losses))
-    return torch.stack([c.detach().float() for c in columns], dim=-1)
+    return torch.stack([c.detach().to(inputs["rewards"].dtype) for c in columns], dim=-1)
 
 def join_records(records:list)->Tensor: # [prompts, n, 6]
     "Records of several steps as one; narrower ones are padded with absent candidates."
@@ -293,7 +297,9 @@ def join_records(records:list)->Tensor: # [prompts, n, 6]
 def pair_metrics(ratios:Tensor, rewards:Tensor, mask:Tensor, # [prompts, n] each
                 )->tuple: # accuracy (ties count half), mean gap in the units of `ratios`
     "Over the pairs with r_i > r_j of each prompt, then the mean over prompts."
-    above = (rewards[:, :, None] > rewards[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    tie = reward_resolution(rewards, mask)[:, None, None].to(rewards)
+    above = rewards[:, :, None] - rewards[:, None, :] > tie
+    above &= mask[:, :, None] & mask[:, None, :]
     gap = ratios[:, :, None] - ratios[:, None, :]
     pairs = above.sum((1, 2)).clamp(min=1)
     mean = lambda value: ((value * above).sum((1, 2)) / pairs).mean().item()
@@ -558,7 +564,9 @@ def load_split(config:CalibrationConfig)->tuple: # (train, eval or None)
     if config.reference == "live" and config.reference_model:
         check_same_tokenizer(config.model, config.reference_model)
     if config.eval_candidates:
-        return rows, load_candidates(config.eval_candidates, need=("rewards",))
+        held = load_candidates(config.eval_candidates, need=("rewards",))
+        warn_shared(rows, held, config.eval_candidates)
+        return rows, held
     return held_out_split(rows, config.eval_share, config.seed)
 
 def last_metrics(history:list)->dict:

@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/chat.html.md"""
 __all__ = []
 
 # %% ../nbs/foundations/03_chat.ipynb #abb85d33
-import json, logging, re
+import json, logging, re, unicodedata
 from itertools import takewhile
 from os.path import commonprefix
 
@@ -147,10 +147,18 @@ def _same_speaker(chosen, rejected)->bool:
     "After a prompt that the two sides share, both are the assistant's."
     return {chosen[0]["role"], rejected[0]["role"]} == {"assistant"}
 
+FILLERS = "\u115f\u1160\u2800\u3164\uffa0" # letters by their category, blank in every font
+
+def is_blank(text:str)->bool:
+    "Is there nothing to see: no character, or only spaces, controls and zero-width ones?"
+    return all(c in FILLERS or unicodedata.category(c) in ("Cc", "Cf", "Zs", "Zl", "Zp")
+               for c in text)
+
 def _says_something(messages)->bool:
     "Does the last message say or call something?"
     last = clean_messages(messages)[-1]
-    return bool(last["content"].strip() or last.get("tool_calls") or last.get("reasoning_content"))
+    more = last.get("tool_calls") or last.get("reasoning_content")
+    return bool(more or not is_blank(last["content"]))
 
 # %% ../nbs/foundations/03_chat.ipynb #6ec31466
 def chat_demonstration(prompt, completion)->dict: # prompt, completion: messages; dropped
@@ -206,6 +214,11 @@ def end_of_turn(tokenizer)->int:
     "The token that ends an assistant's turn: the template's, or EOS if it writes none."
     found = _after_answer(tokenizer)[0]
     return found[0] if found else tokenizer.eos_token_id
+
+def turn_ends(tokenizer)->set:
+    "The tokens that end a finished response: EOS, and that of the template where there is one."
+    chat = getattr(tokenizer, "chat_template", None)
+    return {tokenizer.eos_token_id} | ({end_of_turn(tokenizer)} if chat else set())
 
 def turn_tail(tokenizer)->list: # token ids
     "What the template writes behind the end of a turn, and no sample has."

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
+import torch
 from datasets import Dataset, Features, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from pyarrow import feather
@@ -27,8 +28,10 @@ from .artifacts import (MANIFEST, PENDING, InputError, atomic_dir, did_you_mean,
                               refuse_unfinished)
 from .chat import (as_turns, chat_demonstration, chat_pair, chat_prompt_ids,
                          chat_response_ids, check_chat, context, end_of_turn, first_answer,
-                         is_messages, message_fault, prompt_key, prompt_text, storable)
+                         is_blank, is_messages, message_fault, prompt_key, prompt_text,
+                         storable, turn_ends)
 from .layouts import find_layout, nearest_layout, shape
+from .losses import reward_resolution
 from .shards import refuse_altered
 
 # %% ../nbs/foundations/04_data.ipynb #685c54c6
@@ -630,7 +633,7 @@ def _pair(row):
     try:
         if "prompt" not in row: prompt, chosen, rejected = split_dialogue(chosen, rejected)
     except InputError as e: dropped = str(e)
-    if not (chosen.strip() and rejected.strip()): dropped = dropped or "empty response"
+    if is_blank(chosen) or is_blank(rejected): dropped = dropped or "empty response"
     if chosen == rejected: dropped = dropped or "chosen equals rejected"
     return row | dict(prompt=prompt, chosen=chosen, rejected=rejected, dropped=dropped)
 
@@ -664,7 +667,7 @@ TLDR = "\n\nTL;DR:"
 def _demonstration(prompt, completion):
     "A demonstration; if it is unusable, `dropped` says why."
     if is_messages(prompt) or is_messages(completion): return chat_demonstration(prompt, completion)
-    dropped = "" if completion.strip() else "empty completion"
+    dropped = "empty completion" if is_blank(completion) else ""
     return dict(prompt=prompt, completion=completion, dropped=dropped)
 
 DEMONSTRATION_FORMATS = {
@@ -765,6 +768,23 @@ def load_texts(source, # see `load_rows`
         _choose(place, {("text",): None, **DEMONSTRATION_FORMATS})
     rows = _demonstrations(place)
     return rows.map(lambda row: {"text": joined_text(row)}, remove_columns=rows.column_names)
+
+# %% ../nbs/foundations/04_data.ipynb #27f4c9be
+def warn_shared(train, held, # data sets
+                name:str, # of the held-out file, for the message
+               )->tuple: # held-out rows that are training rows, and whose prompt is trained on
+    "Count the held-out rows that training sees too, and say so."
+    columns = [c for c in ("prompt", "chosen", "rejected", "completion", "completions", "text")
+               if c in train.column_names and c in held.column_names]
+    def keys(rows, names): return [json.dumps(row) for row in zip(*(rows[n] for n in names))]
+    seen, prompts = set(keys(train, columns)), set(keys(train, columns[:1]))
+    same = sum(key in seen for key in keys(held, columns))
+    shared = sum(key in prompts for key in keys(held, columns[:1]))
+    if shared:
+        log.warning("%s: %d of %d held-out rows are training rows too, and %d share their %s with "
+                    "one. What is measured on them says nothing of new prompts. Hold out others.",
+                    name, same, len(held), shared, columns[0])
+    return same, shared
 
 # %% ../nbs/foundations/04_data.ipynb #062b0887
 PER_CANDIDATE = ("completion_ids", "finish_reasons", "sample_logps", "rewards", "ref_logps")
@@ -906,14 +926,16 @@ def _coded(row, tokenizer, max_length):
     "(ids, finished) of each completion of a row; stored ids are used as they are."
     reasons = row.get("finish_reasons")
     if "completion_ids" in row:
-        eos = tokenizer.eos_token_id
+        last = None if reasons else [[end] for end in turn_ends(tokenizer)]
         ends = [r == "stop" for r in reasons] if reasons else \
-            [ids[-1:] == [eos] for ids in row["completion_ids"]]
+            [ids[-1:] in last for ids in row["completion_ids"]]
         return list(zip(row["completion_ids"], ends))
     reasons = reasons or ["stop"] * len(row["completions"])
-    if not isinstance(row["prompt"], str):
-        return [encode_response(tokenizer, row, text, reason == "stop", max_length) if text.strip()
-                else ([], False) for text, reason in zip(row["completions"], reasons)]
+    if is_messages(row["prompt"]):
+        def coded(text, reason): # a template would give an empty answer its end of turn
+            if is_blank(text): return [], False
+            return encode_response(tokenizer, row, text, reason == "stop", max_length)
+        return list(map(coded, row["completions"], reasons))
     return [_close(ids, tokenizer, reason == "stop", max_length)
             for ids, reason in zip(_ids(tokenizer, row["completions"]), reasons)]
 
@@ -1009,11 +1031,12 @@ PAIR_MODES = ("all", "best_worst", "best_of_rest")
 
 def _winner_loser(rewards, mode):
     "Index pairs (winner, loser) of a row. Equal rewards are not ordered."
+    tie = reward_resolution(torch.tensor([rewards], dtype=torch.float64)).item()
     order = sorted(range(len(rewards)), key=lambda i: -rewards[i])
     pairs = {"all": combinations(order, 2),
              "best_worst": [(order[0], order[-1])],
              "best_of_rest": [(order[0], i) for i in order[1:]]}[mode]
-    return [(w, l) for w, l in pairs if rewards[w] > rewards[l]]
+    return [(w, l) for w, l in pairs if rewards[w] - rewards[l] > tie]
 
 # %% ../nbs/foundations/04_data.ipynb #76edb21d
 def _row_pairs(batch, mode):

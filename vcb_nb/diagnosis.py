@@ -16,8 +16,9 @@ import numpy as np
 
 from .artifacts import atomic_write, write_json
 from .evaluate import (CompletionTable, ScoringConfig, add_logps, add_rewards,
-                             calibrate_table, candidate_table, source_mark)
+                             calibrate_table, candidate_table, check_signal)
 from .figures import figure_bytes, plot_diagnosis
+from .judges import source_mark
 from .loading import check_same_tokenizer, load_tokenizer
 from .measures import SIGMAS, TWO_CANDIDATES, estimate_text
 from .settings import REQUIRED, check_above, check_choice, option
@@ -51,6 +52,7 @@ class DiagnoseConfig(ScoringConfig):
 def diagnose(config:DiagnoseConfig)->dict: # `calibration`'s result and what it was measured on
     "Calibration of any causal LM; writes diagnose.json, diagnose.md and calibration.png."
     check_same_tokenizer(config.policy, config.reference)
+    if not config.reward: check_signal(config.candidates, config.limit)
     table, dropped = candidate_table(config, load_tokenizer(config.policy), config.reward)
     if config.reward: _score_anew(table, config)
     for name, path in (("ref_logps", config.reference), ("logps", config.policy)):

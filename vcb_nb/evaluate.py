@@ -17,14 +17,14 @@ import torch
 
 from .artifacts import InputError, did_you_mean, fingerprint, read_json, write_json
 from .data import attach_ids, chat_candidates, load_candidates
-from .judges import PolicyJudge, load_judge
+from .judges import Answers, PolicyJudge, check_judge, load_judge, source_mark
 from .loading import (QuantizedLoading, check_same_tokenizer, load_tokenizer,
                             pick_device)
 from .measures import (calibration, distinct_n, distinct_share, estimate, kl_estimates,
-                             margin, win_tie_lose)
+                             margin, sigmas, win_tie_lose)
 from .sample import SampleConfig, check_sample, sample
-from .settings import (REQUIRED, check_least, check_required, config_key, is_function,
-                             load_function, option, source_key)
+from .settings import (REQUIRED, brief, check_least, check_required, config_key,
+                             function_name, is_function, option, source_key)
 from .shards import rank_and_world, read_parts
 
 # %% ../nbs/stages/08_evaluate.ipynb #a70153b1
@@ -45,6 +45,8 @@ class ScoringConfig(QuantizedLoading):
     level: float = option(.95, "Coverage of the intervals.")
     points: int = option(1000, "Pairs kept for the calibration plot.")
     batch_tokens: int = option(16384, "Tokens scored at once.", decides=False)
+    workers: int = option(1, "Threads that call a reward function: more for a slow one.",
+                          decides=False)
     seed: int = option(0, "Seed of samples and bootstrap, the same for every policy.")
     device: str = option("auto", "'auto' uses the accelerator if there is one; or 'cpu', 'cuda:1'.",
                          decides=False)
@@ -52,13 +54,12 @@ class ScoringConfig(QuantizedLoading):
     def __post_init__(self):
         check_required(self)
         check_least(self, limit=1, max_prompt_length=1, max_new_tokens=1, n_boot=1, points=0,
-                    batch_tokens=1, seed=0)
+                    batch_tokens=1, workers=1, seed=0)
         if not 0 < self.level < 1:
             raise InputError(f"level is {self.level}. Set it between 0 and 1, for example to 0.95.")
         pick_device(self.device)
         self.check_loading()
-        judges = filter(None, (getattr(self, name, None) for name in JUDGES))
-        for judge in filter(is_function, judges): load_function(judge)
+        for name in JUDGES: check_judge(name, getattr(self, name, None))
 
     @property
     def boot(self)->dict: return dict(n_boot=self.n_boot, level=self.level, seed=self.seed)
@@ -72,6 +73,27 @@ def sampling(config, policy:str, prompts:str, folder)->SampleConfig:
     "The settings of the sampling, the same for every policy."
     return SampleConfig(policy=policy, prompts=prompts, output_dir=str(folder),
                         **{name: getattr(config, name) for name in SAMPLING})
+
+# %% ../nbs/stages/08_evaluate.ipynb #4b6f02ad
+def check_policies(policies)->None:
+    "Raise `InputError` for policies that are no mapping of names to models."
+    if not isinstance(policies, dict):
+        raise InputError(f"policies is {brief(policies)}. Map a name to each model's folder.")
+    for name, path in policies.items():
+        if not (isinstance(name, str) and name.strip() and isinstance(path, (str, Path)) and path):
+            raise InputError(f"policies: {brief(name)} stands for {brief(path)}. Give each policy "
+                             "a name and a model's folder.")
+
+def check_method(name:str, about)->None:
+    "Raise `InputError` for an entry of `methods` that the frontier cannot place."
+    for key in about:
+        if key not in METHOD_KEYS:
+            raise InputError(f"methods.{name}: '{key}' is not known. "
+                             + did_you_mean(key, METHOD_KEYS))
+    if not isinstance(value := about.get("value"), (int, float, type(None))):
+        raise InputError(f"methods.{name}: value is {brief(value)}, but a number is needed.")
+
+METHOD_KEYS = ("method", "strength", "value")
 
 # %% ../nbs/stages/08_evaluate.ipynb #dc6c03c0
 @dataclass
@@ -94,14 +116,17 @@ class EvaluateConfig(ScoringConfig):
     temperature: float = option(1., "Sampling temperature; KL is measured at 1 only.")
     top_p: float = option(1., "Draw from this nucleus; KL is measured at 1 only.")
     top_k: int = option(0, "Draw from this many likeliest tokens, 0: all; KL needs 0.")
-    tie_tolerance: float = option(1e-6, "Reward gaps up to this size are ties.")
+    tie_tolerance: float | None = option(None,
+        "Reward gaps up to this size are ties; a millionth of all rewards' spread if not given.")
     batch_size: int = option(16, "Prompts sampled at once.", decides=False)
 
     def __post_init__(self):
         super().__post_init__()
         check_least(self, tie_tolerance=0)
         sampling(self, self.reference, self.prompts, "samples")
-        for name in self.methods:
+        check_policies(self.policies)
+        for name, about in self.methods.items():
+            check_method(name, about)
             if name not in {"sft", *self.policies}:
                 raise InputError(f"methods names '{name}', which is not a policy. "
                                  + did_you_mean(name, self.policies))
@@ -155,11 +180,6 @@ def _free()->None:
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
-# %% ../nbs/stages/08_evaluate.ipynb #2085542c
-def source_mark(source:str)->str: # twelve hexadecimal digits
-    "What stands for a model folder or a judge function in a file name: its content."
-    return fingerprint(source_key(source))[:12]
-
 # %% ../nbs/stages/08_evaluate.ipynb #9638fcc6
 def _place(config)->dict:
     "Where and how models are run."
@@ -174,8 +194,11 @@ def add_rewards(tables:list, name:str, judge:str, config)->None:
     tokenizer = load_tokenizer(config.reference)
     lengths = dict(max_prompt_length=config.max_prompt_length,
                    max_completion_length=config.max_new_tokens)
+    answers = Answers(config.output_dir, judge) if is_function(judge) else None
     add_column(tables, name, f"{name}-{source_mark(judge)}.json",
-               lambda: load_judge(judge, tokenizer, **_place(config), **lengths))
+               lambda: load_judge(judge, tokenizer, config.workers, answers, **_place(config),
+                                  **lengths))
+    if answers: answers.discard()
 
 # %% ../nbs/stages/08_evaluate.ipynb #e11a4a67
 def sample_policy(name:str, split:str, prompts:str, config)->Path:
@@ -223,6 +246,18 @@ def candidate_table(config, tokenizer,
                        config.max_new_tokens, config.dtype, tokenizer.get_vocab()])[:12]
     return CompletionTable(Path(config.output_dir)/f"candidates-{key}", list(rows)), dropped
 
+# %% ../nbs/stages/08_evaluate.ipynb #d2c81e97
+def check_signal(source:str, # scored candidates
+                 limit:int|None=None, # of their rows
+                )->None:
+    "Raise `InputError` where no prompt of scored candidates has two different rewards."
+    rows = load_candidates(source)
+    if "rewards" not in rows.column_names:
+        raise InputError(f"{source} has no column 'rewards'. Score it (vcb score).")
+    if not sigmas(rows["rewards"][:limit])[1].any():
+        raise InputError(f"{source}: no prompt has two candidates with different rewards, so "
+                         "nothing can be compared. Sample more per prompt, or check the rewards.")
+
 # %% ../nbs/stages/08_evaluate.ipynb #8358e7fb
 def measure(table:CompletionTable, config)->dict: # each number an `estimate`; KL is None off policy
     "Reward, KL, length and diversity of one policy's samples on one split."
@@ -252,7 +287,7 @@ def gains(table:CompletionTable,
 
 # %% ../nbs/stages/08_evaluate.ipynb #944995fe
 def compare(rewards:dict, # policy → [P][n] rewards of the same prompts by one judge
-            tolerance:float=1e-6, # see `win_tie_lose`
+            tolerance:float=None, # see `win_tie_lose`
             coupled:bool=True, # same-numbered samples share their random numbers
             **boot)->dict: # a → b → {win, tie, lose, margin}
     "Shares of wins, ties and losses of each policy against each other policy."
@@ -294,6 +329,7 @@ def check_diagnose(config, ahead)->None:
 def evaluate(config:EvaluateConfig)->dict: # the summary, also in output_dir/summary.json
     "Sample every policy on the same prompts; measure reward, KL, diversity, wins and calibration."
     config = replace(config, policies={"sft": config.reference, **config.policies})
+    if config.candidates: check_signal(config.candidates, config.limit) # before the sampling
     if not config.on_policy:
         log.warning("Samples at temperature %g, top_p %g, top_k %d do not come from the policy "
                     "itself: no KL is reported.", config.temperature, config.top_p, config.top_k)
@@ -340,9 +376,15 @@ def summarise(config, splits:list, tables:dict, calibrations:dict)->dict:
     def games(split, judge):
         rewards = {name: tables[name, split].columns[judge] for name in policies}
         return compare(rewards, config.tie_tolerance, **config.boot)
-    return dict(settings=asdict(config), policies=policies,
+    return dict(settings=_settings_of(config), policies=policies,
                 comparisons={s: {j: games(s, j) for j in judges} for s in splits},
                 frontier={s: frontier(policies, s) for s in splits})
+
+def _settings_of(config)->dict:
+    "The settings; a judge that was given as a function by its name."
+    named = {judge: function_name(getattr(config, judge)) for judge in JUDGES
+             if callable(getattr(config, judge))}
+    return asdict(replace(config, **{judge: None for judge in named})) | named
 
 def _about(name, splits, tables, calibrations, config)->dict:
     "One policy: its place on the frontier, where its samples are, and all that was measured."

@@ -37,8 +37,9 @@ def run_label(name:str, # of the run
 
 def error_lengths(estimates:list # dicts {value, low, high}
                  )->np.ndarray: # [2, n]: distances below and above
-    "Intervals as matplotlib's error bars need them."
-    value, low, high = (np.array([e[k] for e in estimates]) for k in ("value", "low", "high"))
+    "Intervals as matplotlib's error bars need them; NaN, which draws none, where there is none."
+    value, low, high = (np.array([e[k] for e in estimates], float)
+                        for k in ("value", "low", "high"))
     return np.stack([value - low, high - value]).clip(0)
 
 def figure_bytes(fig, # a matplotlib Figure, closed afterwards

@@ -8,19 +8,24 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/judges.html.md"""
 __all__ = ['Judge', 'FunctionJudge', 'reward_scores', 'RewardJudge', 'PolicyJudge', 'load_judge']
 
 # %% ../nbs/foundations/16_judges.ipynb #2d2ade09
-import logging, math
+import asyncio, copy, inspect, json, logging, math, numbers, re, threading, time
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import torch
 
-from .artifacts import InputError
+from .artifacts import InputError, did_you_mean, fingerprint
 from .batches import accepts, candidate_rows, check_readable, pad_rows, regroup, unwrap
-from .chat import last_words, turn_tail
-from .data import encode_prompt, encode_response
+from .chat import is_messages, last_words, turn, turn_tail
+from .data import PER_CANDIDATE, encode_prompt, encode_response
 from .loading import load_policy, load_reward_model, load_tokenizer
 from .logprobs import in_batches, score_logps
 from .packing import packed_layout, packed_scores
-from .settings import is_function, load_function
+from .settings import (brief, error_words, function_name, inner_function, is_function,
+                             load_function, source_key)
+from .shards import rank_and_world
 from .tokenizers import same_tokenizer
 
 # %% ../nbs/foundations/16_judges.ipynb #c6e04c0d
@@ -31,17 +36,29 @@ def row_place(row:dict)->str:
     "The name of a candidate row in a message: its index and the beginning of its prompt."
     return f"Prompt row {row.get('index', '?')} ({last_words(row['prompt'])[:40]!r})"
 
+FIX_IT = "Fix what gives it and run again: what was scored so far is kept."
+
+def finite(value)->"float | None": # None: not a finite number
+    "A number, or an array of one element, as a float."
+    try:
+        plain = value.item() if hasattr(value, "item") else value
+        real = isinstance(plain, (numbers.Real, Decimal)) and math.isfinite(plain)
+        return float(plain) if real else None
+    except (TypeError, ValueError, ArithmeticError, RuntimeError): return None
+
+def checked_number(value, row:dict, j:int, name:str="reward")->float:
+    "The value as a float; `InputError` names the row and candidate where it is not finite."
+    if (plain := finite(value)) is not None: return plain
+    raise InputError(f"{row_place(row)}, candidate {j}: the {name} is {brief(value)}, not a finite "
+                     f"number. {FIX_IT}")
+
 def checked_numbers(values:list, # [prompts][n] of anything
                     rows:list, # with index and prompt
                     name:str="reward", # for the message
                    )->list: # [prompts][n] finite floats
     "The values as floats; `InputError` names the row and candidate of one that is not finite."
-    def number(value, row, j):
-        plain = value.item() if hasattr(value, "item") else value
-        if isinstance(plain, (int, float)) and math.isfinite(plain): return float(plain)
-        raise InputError(f"{row_place(row)}, candidate {j}: the {name} is {value!r}, not a finite "
-                         "number. Fix what gives it and run again: finished parts are kept.")
-    return [[number(v, row, j) for j, v in enumerate(vs)] for vs, row in zip(values, rows)]
+    return [[checked_number(v, row, j, name) for j, v in enumerate(vs)]
+            for vs, row in zip(values, rows)]
 
 # %% ../nbs/foundations/16_judges.ipynb #4d4d2bdb
 class Judge:
@@ -52,19 +69,246 @@ class Judge:
                 )->list: # [prompts][n] finite floats
         return checked_numbers(self.judge(rows), rows, self.number)
 
+
+# %% ../nbs/foundations/16_judges.ipynb #b83d50c9
+def reward_form(function)->str: # 'pair', 'columns' (TRL's), or 'lists'
+    "How a reward function wants to be called; `InputError` where it cannot be."
+    try: signature = inspect.signature(function)
+    except (ValueError, TypeError): return "pair" # a built-in that does not tell
+    kinds = {name: p.kind for name, p in signature.parameters.items()}
+    named = {n for n, kind in kinds.items() if kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                                                        inspect.Parameter.KEYWORD_ONLY)}
+    if named & {"completions", "completion_ids"}: return "columns"
+    try: signature.bind("prompt", "completion")
+    except TypeError as e:
+        if inspect.Parameter.VAR_KEYWORD in kinds.values(): return "columns"
+        hint = ". Name an instance of the class" if inspect.isclass(function) else ""
+        raise InputError(
+            f"The reward {function_name(function)}{signature} cannot be called with a prompt and "
+            f"a completion ({brief(e, str)}). Give it the form (prompt, completion) -> float, or "
+            f"(prompts, completions, **columns) -> list{hint}.") from None
+    if list(kinds)[:2] == ["completion", "prompt"]:
+        raise InputError(f"The reward {function_name(function)}{signature} takes the completion "
+                         "first. It is called with (prompt, completion): swap the two.")
+    return "lists" if is_batched(function) else "pair"
+
+def is_batched(function)->bool:
+    return any(getattr(f, "batched", False) is True for f in (function, inner_function(function)))
+
+def load_reward(source): # 'module:function', 'file.py:function', or the callable itself
+    "A reward function that can be called as a judge; `InputError` where it cannot."
+    function = load_function(source)
+    reward_form(function)
+    return function
+
+def check_judge(name:str, # of the setting
+                source)->None: # what it says
+    "Raise `InputError` where a setting names neither a function nor what may be a reward model."
+    if not source: return
+    if is_function(source): load_reward(source)
+    elif not isinstance(source, (str, Path)):
+        raise InputError(f"{name} is {brief(source)}. Give a reward model's folder, "
+                         "'module:function', or in Python a callable.")
+    elif not Path(source).exists() and re.fullmatch(r"(?![A-Za-z]:[\\/])[^\\/]*:.*|.*\.py(:.*)?",
+                                                    str(source)):
+        raise InputError(f"{name} is {brief(str(source))}, which is no folder and not of the form "
+                         "'module:function' or 'file.py:function'. Correct it.")
+
+# %% ../nbs/foundations/16_judges.ipynb #3ea7d916
+def reward_columns(row:dict)->dict: # name → list, one value per completion
+    "The columns that TRL's form gets of a candidate row, as copies: it may change them."
+    row = copy.deepcopy(row)
+    n = len(row["completions"])
+    def spread(name, value):
+        return value if name in PER_CANDIDATE and value is not None else [value] * n
+    columns = {k: spread(k, v) for k, v in row.items()
+               if k not in ("prompt", "completion", "completions", "prompts")}
+    chat = is_messages(row["prompt"]) # then TRL's completions are lists of one message
+    completions = [turn(y, "assistant") if chat else y for y in row["completions"]]
+    return dict(prompts=[row["prompt"]] * n, completions=completions, **columns)
+
+def _trainer_side()->dict:
+    "What TRL's trainer hands to a reward function beside the columns."
+    from transformers import TrainerState
+    return dict(trainer_state=TrainerState(), log_extra=lambda column, values: None,
+                log_metric=lambda name, value: None)
+
+def wanted_columns(function, columns:dict, row:dict)->dict:
+    "Those of the columns that a function of TRL's form takes; `InputError` names one it lacks."
+    parameters = inspect.signature(function).parameters.values()
+    columns = {**columns, **_trainer_side()}
+    lacking = [p.name for p in parameters if p.name not in columns and p.default is p.empty
+               and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if lacking:
+        raise InputError(f"{row_place(row)}: the reward {function_name(function)} needs a column "
+                         f"'{lacking[0]}', which the candidates do not have. "
+                         + did_you_mean(lacking[0], sorted({*columns} - {*_trainer_side()})))
+    if any(p.kind == p.VAR_KEYWORD for p in parameters): return columns
+    return {p.name: columns[p.name] for p in parameters if p.name in columns}
+
+def check_reward(source, row:dict)->None:
+    "Raise `InputError` if a reward function needs a column that a candidate row has not."
+    function = load_reward(source)
+    if reward_form(function) == "columns": wanted_columns(function, reward_columns(row), row)
+
+# %% ../nbs/foundations/16_judges.ipynb #a6d38f0b
+class Answers:
+    "What a reward function has answered, by what it was asked; in files where a folder is given."
+    every = 1. # seconds between writes: at most so much is lost when the process is killed
+
+    def __init__(self, folder=None, # for the files; None: keep them in memory only
+                 source="", # the function: another one never reads these answers
+                ):
+        self.found, self.pending, self.lock, self.written = {}, [], threading.Lock(), 0.
+        self.folder, self.mark = folder and Path(folder), folder and source_mark(source)
+        for file in self.files(): self.found |= dict(_read_answers(file))
+
+    def files(self)->list: # of all processes
+        return sorted(self.folder.glob(f".answers-{self.mark}-*")) if self.folder else []
+
+    def keep(self, key:str, values:list):
+        "Note an answer; now and then all new ones are written."
+        with self.lock:
+            self.found[key] = values
+            self.pending.append([key, values])
+            if time.monotonic() - self.written > self.every: self._write()
+
+    def _write(self):
+        lines, self.pending, self.written = self.pending, [], time.monotonic()
+        if not self.folder or not lines: return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder/f".answers-{self.mark}-{rank_and_world()[0]}"
+        with file.open("a", encoding="utf-8") as f: # a killed writer leaves half a line behind
+            f.writelines("\n" + json.dumps(line) for line in lines)
+
+    def flush(self):
+        with self.lock: self._write()
+
+    def discard(self):
+        "Remove the files: the answers have become rewards."
+        rank, world = rank_and_world()
+        self.pending = []
+        for file in self.files():
+            if int(file.name.rpartition("-")[2]) % world == rank: file.unlink(missing_ok=True)
+
+# %% ../nbs/foundations/16_judges.ipynb #4f0c7ea2
+def _read_answers(file):
+    "The answers in a file: [key, values]; half a line is skipped."
+    for line in file.read_text("utf-8", errors="replace").splitlines():
+        try: key, values = json.loads(line)
+        except ValueError: continue
+        if isinstance(values, list) and all(finite(v) is not None for v in values):
+            yield key, values
+
+def source_mark(source)->str: # twelve hexadecimal digits
+    "What stands for a model folder or a judge function in a file name: its content."
+    return fingerprint(source_key(source))[:12]
+
+# %% ../nbs/foundations/16_judges.ipynb #18e5c3f7
+@dataclass
+class Call:
+    "One call of a reward function: what it is given, and the candidates whose rewards it returns."
+    given:tuple # (positional, by keyword)
+    candidates:list # of (row, number of the candidate)
+    single:bool # does it return one number, or a list?
+    key:str # stands for what it is asked
+
+    @property
+    def place(self)->str:
+        (first, a), (last, b) = self.candidates[0], self.candidates[-1]
+        if first is not last: return f"{row_place(first)} to row {last.get('index', '?')}"
+        return f"{row_place(first)}, " + (f"candidate {a}" if a == b else f"candidates {a} to {b}")
+
+def answer(call:Call, function)->list: # finite floats, one per candidate
+    "Call a reward function; whatever goes wrong becomes an `InputError` that names the place."
+    args, options = call.given
+    try: value = settle(function(*args, **options))
+    except (Exception, SystemExit) as e:
+        raise InputError(f"{call.place}: the reward function {function_name(function)} raised "
+                         f"{error_words(e)}. {FIX_IT}") from e
+    values = [value] if call.single else listed(value)
+    if values is None:
+        raise InputError(f"{call.place}: the reward function gave {brief(value)}, not a list. Let "
+                         "it give one number for each completion, in order.")
+    if len(values) != len(call.candidates):
+        raise InputError(f"{call.place}: the reward function gave {len(values)} numbers for "
+                         f"{len(call.candidates)} completions. Let it give one for each, in order.")
+    return [checked_number(v, row, j) for v, (row, j) in zip(values, call.candidates)]
+
+# %% ../nbs/foundations/16_judges.ipynb #52a8e0d4
+def listed(value)->"list | None": # None: it is no list of anything
+    "The list that a function in list form returned: a list, an array, or anything to run through."
+    if hasattr(value, "tolist"): value = value.tolist()
+    if isinstance(value, (str, bytes, dict)) or not hasattr(value, "__iter__"): return None
+    return list(value)
+
+_ASYNC = [] # the event loop of asynchronous rewards, in a thread of its own, once there is one
+_LOOP_LOCK = threading.Lock()
+
+def settle(value):
+    "What a function returned; the result of its coroutine where it is an `async` function."
+    if not inspect.iscoroutine(value): return value
+    with _LOOP_LOCK:
+        if not _ASYNC:
+            _ASYNC.append(asyncio.new_event_loop())
+            threading.Thread(target=_ASYNC[0].run_forever, daemon=True).start()
+    return asyncio.run_coroutine_threadsafe(value, _ASYNC[0]).result()
+
+# %% ../nbs/foundations/16_judges.ipynb #e7c05a18
+def function_calls(function, form:str, rows:list)->list: # of `Call`
+    "The calls that judge some rows: per candidate, per row, or one for all."
+    everyone = [[(row, j) for j in range(len(row["completions"]))] for row in rows]
+    whole = [candidate for row in everyone for candidate in row]
+    if form == "pair": return [_pair_call(row, j) for row, j in whole]
+    if form == "lists":
+        pairs = [(row["prompt"], row["completions"][j]) for row, j in whole]
+        given = tuple(map(list, zip(*pairs))) if pairs else ()
+        return [Call((given, {}), whole, False, fingerprint(pairs))]
+    columns = [wanted_columns(function, reward_columns(row), row) for row in rows]
+    if is_batched(function): columns, everyone = [_joined(columns)], [whole]
+    return [Call(((), given), candidates, False, fingerprint(_asked(given)))
+            for given, candidates in zip(columns, everyone)]
+
+def _pair_call(row, j)->Call:
+    pair = row["prompt"], row["completions"][j]
+    return Call((pair, {}), [(row, j)], True, fingerprint(list(pair)))
+
+def _asked(given:dict)->dict:
+    "What is asked: all that is given but the trainer's side."
+    return json.loads(json.dumps({k: v for k, v in given.items() if isinstance(v, list)},
+                                 default=str))
+
+def _joined(columns:list)->dict:
+    "The columns of all rows one after the other."
+    return {k: [v for c in columns for v in c[k]] if isinstance(given, list) else given
+            for k, given in columns[0].items()} if columns else {}
+
+# %% ../nbs/foundations/16_judges.ipynb #91d7b4c0
 class FunctionJudge(Judge):
-    "A judge made of a function (prompt, completion) -> float; of two lists if `batched` is True."
-    def __init__(self, function): self.function = function
+    "A judge made of anything that can be called, in its own form: see `reward_form`."
+    def __init__(self, function, # (prompt, completion) -> float, or TRL's form
+                 workers:int=1, # threads that call it
+                 answers=None, # what was answered before; None: nothing
+                ):
+        self.function, self.workers, self.form = function, workers, reward_form(function)
+        self.answers = Answers() if answers is None else answers
 
     def judge(self, rows):
-        pairs = [(row["prompt"], text) for row in rows for text in row["completions"]]
-        batched = getattr(self.function, "batched", False)
-        if batched: values = list(self.function(*map(list, zip(*pairs))))
-        else: values = [self.function(*pair) for pair in pairs]
-        if len(values) != len(pairs):
-            raise InputError(f"The reward function gave {len(values)} numbers for {len(pairs)} "
-                             "completions. Let it give one for each, in order.")
+        calls = [call for call in function_calls(self.function, self.form, rows) if call.candidates]
+        new = {call.key: call for call in calls if call.key not in self.answers.found}
+        try: self.ask(list(new.values()))
+        finally: self.answers.flush()
+        values = [v for call in calls for v in self.answers.found[call.key]]
         return regroup(values, [row["completions"] for row in rows])
+
+    def ask(self, calls:list):
+        "Make the calls, several at a time; after a failure no other one is begun."
+        def one(call): self.answers.keep(call.key, answer(call, self.function))
+        if self.workers == 1: return list(map(one, calls))
+        pool = ThreadPoolExecutor(self.workers)
+        try: done, _ = wait([pool.submit(one, call) for call in calls], None, FIRST_EXCEPTION)
+        finally: pool.shutdown(cancel_futures=True)
+        for future in done: future.result()
 
 # %% ../nbs/foundations/16_judges.ipynb #86c270b3
 def padding_id(model)->"int | None":
@@ -131,6 +375,13 @@ def _reasons(row)->list: return row.get("finish_reasons") or ["stop"] * len(row[
 def stored_ids(rows:list)->list: # prompt_ids, completion_ids
     return [[row[name] for row in rows] for name in ("prompt_ids", "completion_ids")]
 
+def reads_prompt(tokenizer, row, reads)->bool:
+    "Are these the ids of the prompt, whose beginning may have been cut off?"
+    prompt, ids = row["prompt"], row["prompt_ids"]
+    if isinstance(prompt, str): return prompt.endswith(reads(ids))
+    if not getattr(tokenizer, "chat_template", None): return False
+    return encode_prompt(tokenizer, prompt, len(ids), row.get("tools")) == ids
+
 def wrote_ids(tokenizer, rows:list)->bool:
     "Do the rows have ids, and does this tokenizer read from them the very texts that are stored?"
     def reads(ids): return tokenizer.decode(ids, skip_special_tokens=True,
@@ -140,8 +391,7 @@ def wrote_ids(tokenizer, rows:list)->bool:
         if not (row.get("prompt_ids") and row.get("completion_ids")): return False
         texts = list(zip(row["completion_ids"], row["completions"]))
         if not all(map(known, [row["prompt_ids"], *row["completion_ids"]])): return False
-        # A long prompt may have lost its beginning.
-        if not row["prompt"].endswith(reads(row["prompt_ids"])): return False
+        if not reads_prompt(tokenizer, row, reads): return False
         if any(reads(ids) != text for ids, text in texts): return False
     return bool(rows)
 
@@ -184,15 +434,28 @@ class RewardJudge(Judge):
         self.model = load_reward_model(path, dtype=dtype, device=device, **loading)
         if tokenizer is None: self.shared = wrote_ids(self.tokenizer, rows or [])
         else: self.shared = same_tokenizer(self.tokenizer, tokenizer)
-        self.one_template = self.shared and same_template(self.tokenizer, tokenizer)
+        self.one_template = self.shared and (tokenizer is None or
+                                             same_template(self.tokenizer, tokenizer))
         if not self.shared: log.info("%s reads the text with its own tokenizer", path)
 
     def judge(self, rows):
-        chat = any(not isinstance(row["prompt"], str) for row in rows)
+        prompts, lists = self.read(rows)
+        check_readable(self.model, prompts, lists, needs_prompt=False)
+        check_endings(self.model, lists)
+        # Equal samples are read once: their rewards are equal to the last bit, as σ(x) needs it.
+        once = [list(dict.fromkeys(map(tuple, ids))) for ids in lists]
+        scores = reward_scores(self.model, prompts, [list(map(list, ids)) for ids in once],
+                               self.batch_tokens)
+        found = [dict(zip(ids, values)) for ids, values in zip(once, scores)]
+        return [[row[tuple(c)] for c in ids] for row, ids in zip(found, lists)]
+
+    def read(self, rows)->tuple: # prompt_ids, completion_ids
+        "The ids that the model scores: the stored ones where they are its own."
+        chat = any(is_messages(row["prompt"]) for row in rows)
         shared = self.one_template if chat else self.shared
         ids = stored_ids(rows) if shared else encode_rows(self.tokenizer, rows, *self.lengths)
         if chat and not reads_end_of_turn(self.model): ids = add_tails(self.tokenizer, rows, *ids)
-        return reward_scores(self.model, *ids, self.batch_tokens)
+        return ids
 
 # %% ../nbs/foundations/16_judges.ipynb #16b7c8d9
 class PolicyJudge(Judge):
@@ -215,10 +478,12 @@ class PolicyJudge(Judge):
                            name=lambda i: row_place(rows[i]))
 
 # %% ../nbs/foundations/16_judges.ipynb #27c8d9ea
-def load_judge(source:str, # 'module:function', reward model folder or hub name
+def load_judge(source, # callable, 'module:function', reward model folder or hub name
                tokenizer=None, # the policy's; None: a reward model reads the text
+               workers:int=1, # threads that call a function
+               answers:Answers=None, # what a function answered before
                **options, # of `RewardJudge`
               )->Judge:
     "The judge that a name stands for."
-    if is_function(source): return FunctionJudge(load_function(source))
+    if is_function(source): return FunctionJudge(load_function(source), workers, answers)
     return RewardJudge(source, tokenizer, **options)

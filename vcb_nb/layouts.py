@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 import pyarrow as pa
 from .artifacts import InputError
-from .chat import chat_pair, clean_messages, turn
+from .chat import chat_pair, clean_messages, is_blank, turn
 
 # %% ../nbs/foundations/03_layouts.ipynb #96489fe3
 def _record(kind)->str:
@@ -237,7 +237,7 @@ def alpaca(row):
     "instruction, input (it may be empty), output."
     given = row.get("input")
     return {"prompt": row["instruction"] + (f"\n\n{given}" if given else ""),
-            "completion": row["output"]} if row["output"].strip() else "empty completion"
+            "completion": row["output"]} if not is_blank(row["output"]) else "empty completion"
 
 # %% ../nbs/foundations/03_layouts.ipynb #ed320a76
 @dataclass(frozen=True, eq=False)

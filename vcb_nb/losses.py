@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/theory/06_losses.ipynb #ed6c28a0
-REWARD_RESOLUTION = 1e-6  # relative to the largest |r|: about eight steps of a float32
+REWARD_RESOLUTION = 1e-6  # of a prompt's spread: smaller differences are ties
+FLOAT_STEPS = 4  # of the rewards' own dtype: smaller differences are rounding
 
 def _float64(x):
     "`x` as float64 data without gradient; on the CPU where the device has no float64."
@@ -55,9 +56,16 @@ def _centred(x, mask):
     mean = x.masked_fill(~mask, 0.).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     return (x - mean).masked_fill(~mask, 0.)
 
-def _resolution(values):
-    "The smallest reward difference that counts, per prompt: `[prompts]`."
-    return REWARD_RESOLUTION * values.abs().amax(1)
+def reward_resolution(
+    rewards:Tensor, # `[prompts, n]`
+    mask:Tensor=None, # `[prompts, n]`, True = candidate present
+) -> Tensor: # `[prompts]` float64
+    "The largest difference of two rewards that still counts as a tie; 0 where all rewards are 0."
+    values, mask = _reward_values(rewards, mask)
+    exact = not rewards.is_floating_point() or rewards.dtype == torch.float64
+    step = torch.finfo(torch.float64 if exact else torch.float32).eps
+    spread = REWARD_RESOLUTION * _centred(values, mask).abs().amax(1)
+    return torch.maximum(spread, FLOAT_STEPS * step * values.abs().amax(1))
 
 # %% ../nbs/theory/06_losses.ipynb #35bd6a84
 def reward_sigma(
@@ -68,12 +76,12 @@ def reward_sigma(
     """Each prompt's reward standard deviation, and whether it carries a signal.
 
     Computed in float64. A prompt has no signal, and a sigma of exactly 0, when fewer than two
-    candidates are present or when sigma does not exceed `REWARD_RESOLUTION` times the largest |r|.
+    candidates are present or when sigma does not exceed their `reward_resolution`.
     Raises `ValueError` for a NaN or infinite reward of a present candidate."""
     values, mask = _reward_values(rewards, mask)
     degrees = (mask.sum(1) - ddof).clamp(min=1)
     sigma = (_centred(values, mask).square().sum(1) / degrees).sqrt()
-    signal = sigma > _resolution(values)
+    signal = sigma > reward_resolution(rewards, mask)
     return sigma.masked_fill(~signal, 0.), signal
 
 # %% ../nbs/theory/06_losses.ipynb #7012e855
@@ -106,7 +114,7 @@ def _use_sigma(rewards, mask, sigma, default):
     if not (sigma.isfinite() & (sigma >= 0)).all():
         raise ValueError("sigma must be finite and not negative: estimate it from two candidates "
                          "or more, or from the whole data set.")
-    return sigma, signal & (sigma > _resolution(_reward_values(rewards, mask)[0]))
+    return sigma, signal & (sigma > reward_resolution(rewards, mask))
 
 def _scaled_rewards(rewards, mask, sigma, like):
     "`(r - mean)/sigma`, 0 where absent. Only differences of rewards matter, so the mean may go."
@@ -128,7 +136,7 @@ def _pair_order(rewards, mask, like):
     "+1 where r_i > r_j, -1 where r_i < r_j, 0 for ties and absent ones: `[prompts, n(n-1)/2]`."
     values, mask = _reward_values(rewards, mask)
     gaps = _pair_differences(values)
-    counts = _pair_mask(mask) & (gaps.abs() > _resolution(values)[:, None])
+    counts = _pair_mask(mask) & (gaps.abs() > reward_resolution(rewards, mask)[:, None])
     return (gaps.sign() * counts).to(like.dtype).to(like.device)
 
 def _masked_mean(x, mask):
@@ -255,7 +263,7 @@ def _best_logp(logps, rewards, mask):
     "Log-probability of the best candidate, the mean of several that tie: `[prompts]`."
     values, mask = _reward_values(rewards, mask)
     top = values.masked_fill(~mask, -float("inf")).amax(1)
-    best = mask & (values >= (top - _resolution(values))[:, None])
+    best = mask & (values >= (top - reward_resolution(rewards, mask))[:, None])
     return _masked_mean(logps, best.to(logps.device))
 
 def slic_loss(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .artifacts import InputError, did_you_mean
-from .losses import reward_sigma
+from .losses import reward_resolution, reward_sigma
 
 # %% ../nbs/foundations/15_measures.ipynb #cfe083f8
 def bootstrap_interval(units, # [P] or [P, k]: one row of values per prompt
@@ -24,9 +24,10 @@ def bootstrap_interval(units, # [P] or [P, k]: one row of values per prompt
                        n_boot:int=2000, # resamples
                        level:float=.95, # coverage
                        seed:int=0, # the same seed gives the same interval
-                      )->tuple: # (low, high)
+                      )->tuple: # (low, high); (None, None) for fewer than two prompts
     "Percentile bootstrap interval; whole prompts are drawn, never single samples."
     units = np.asarray(units, dtype=float).reshape(len(units), -1)
+    if len(units) < 2: return None, None # one prompt says nothing of how prompts differ
     prompts, rng = len(units), np.random.default_rng(seed)
     size = max(1, 2**22//prompts)  # bounds memory: counts are [size, prompts]
     sizes = [min(size, n_boot - start) for start in range(0, n_boot, size)]
@@ -52,6 +53,8 @@ def estimate_text(estimate:dict|None, # {value, low, high}; None: nothing was me
                  )->str: # '0.52 [0.47, 0.58]'
     "An estimate with its interval, as text."
     if not estimate: return "–"
+    if estimate["low"] is estimate["high"] is None and estimate["value"] is not None:
+        return f"{estimate['value']:{format}} [–]"
     value, low, high = ("–" if v is None else f"{v:{format}}"
                         for v in (estimate[k] for k in ("value", "low", "high")))
     return f"{value} [{low}, {high}]"
@@ -69,10 +72,11 @@ def kl_estimates(logps, # [P][n] log π(y|x) of π's own samples at temperature 
 
 # %% ../nbs/foundations/15_measures.ipynb #5bdc8191
 def win_tie_lose(a, b, # [P][n], [P][m]: rewards of two policies' samples, prompt by prompt
-                 tolerance:float=1e-6, # gaps up to this size are ties, in the reward's units
+                 tolerance:float=None, # gaps up to this size are ties; None: `reward_resolution`
                  coupled:bool=False, # leave out pairs of same-numbered samples
                 )->np.ndarray: # [P, 3]: shares of pairs that a wins, ties, loses
     "Every sample of `a` against every sample of `b`, averaged within the prompt."
+    if tolerance is None: tolerance = _tie(np.concatenate([np.zeros(0), *map(np.ravel, [*a, *b])]))
     def shares(x, y):
         gaps = np.subtract.outer(np.asarray(x, float), np.asarray(y, float))
         if coupled and gaps.size > 1: gaps = gaps[~np.eye(*gaps.shape, dtype=bool)]
@@ -81,6 +85,11 @@ def win_tie_lose(a, b, # [P][n], [P][m]: rewards of two policies' samples, promp
     return np.array([shares(x, y) for x, y in zip(a, b, strict=True)])
 
 # %% ../nbs/foundations/15_measures.ipynb #2f5d1b1d
+def _tie(values)->float:
+    "The largest gap of some numbers that is a tie."
+    values = torch.from_numpy(np.asarray(values, dtype=float))
+    return reward_resolution(values[None]).item() if len(values) else 0.
+
 def margin(means):
     "Win − lose from mean rows of `win_tie_lose`."
     return means[:, 0] - means[:, 2]
@@ -98,8 +107,9 @@ def distinct_share(samples)->float:
     return len({tuple(s) for s in samples})/len(samples)
 
 # %% ../nbs/foundations/15_measures.ipynb #cc79a7f5
-def wilson_interval(successes:float, n:int, z:float=1.96)->tuple: # (low, high)
+def wilson_interval(successes:float, n:int, z:float=1.96)->tuple: # (low, high); of 0 cases None
     "95 % interval of a proportion; it makes sense at 0, at 1, and for few cases (Wilson 1927)."
+    if not n: return None, None
     share, spread = successes / n, z * z / n
     center, half = share + spread / 2, z * (share * (1 - share) / n + spread / (4 * n)) ** .5
     return max(0., (center - half) / (1 + spread)), min(1., (center + half) / (1 + spread))
@@ -139,6 +149,7 @@ def reward_metrics(chosen, rejected, # [pairs] rewards
     "Accuracy (a tie counts half), its interval, log loss in nats, ECE, Brier score, reliability."
     chosen, rejected = (np.asarray(r, dtype=np.float64) for r in (chosen, rejected))
     gaps, both = chosen - rejected, np.concatenate([chosen, rejected])
+    gaps[abs(gaps) <= _tie(both)] = 0
     correct, table = .5 * (1 + np.sign(gaps)), reliability_table(gaps, n_bins)
     ece = sum(row["pairs"] * abs(row["accuracy"] - row["confidence"]) for row in table) / len(gaps)
     interval = bootstrap_interval(grouped(correct, groups), grouped_mean, seed=seed)
@@ -210,7 +221,8 @@ def r_squared(means):
 def ranks(values)->np.ndarray:
     "Ranks within one prompt, ties sharing their mean rank."
     v = np.asarray(values, float)
-    return (v[None] < v[:, None]).sum(1) + .5*(v[None] == v[:, None]).sum(1)
+    gaps, tie = v[:, None] - v[None], _tie(v)
+    return (gaps > tie).sum(1) + .5*(abs(gaps) <= tie).sum(1)
 
 # %% ../nbs/foundations/15_measures.ipynb #297c3132
 def calibration_gaps(x, y, # [P][n]: rewards in units of σ, log-ratios in nats
@@ -254,5 +266,5 @@ def calibration(logratios, # [P][n] ℓ = log π − log π_sft of the candidate
 
 def _inverse(est)->dict:
     "1/slope with its interval; None where the slope, or the end of its interval, is not above 0."
-    inverse = lambda v: 1/v if v > 0 else None
+    inverse = lambda v: 1/v if v is not None and v > 0 else None
     return dict(value=inverse(est["value"]), low=inverse(est["high"]), high=inverse(est["low"]))

@@ -193,8 +193,10 @@ def reward_blocks(run:Path)->list:
     if not path.exists(): return []
     e = read_json(path)
     low, high = e["accuracy_interval"]
+    interval = ("one prompt: no interval" if low is None else
+                f"95 % interval {low:.1%} to {high:.1%}")
     text = ("On held-out pairs the reward model prefers the chosen response in "
-            f"{e['accuracy']:.1%} of cases (95 % interval {low:.1%} to {high:.1%}); "
+            f"{e['accuracy']:.1%} of cases ({interval}); "
             f"its expected calibration error is {e['ece']:.3f}, "
             f"its Brier score {e['brier']:.3f}.")
     figure = Figure("reward_model", figure_bytes(plot_reliability(e)),

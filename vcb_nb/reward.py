@@ -21,7 +21,7 @@ from .adapters import add_lora, check_lora
 from .artifacts import InputError, write_json
 from .batches import pad_rows
 from .chat import as_turns, check_chat, prompt_key
-from .data import counting_dropped, encode_prompt, encode_response, load_pairs
+from .data import counting_dropped, encode_prompt, encode_response, load_pairs, warn_shared
 from .judges import end_at_turn
 from .loading import LoadingSettings, load_tokenizer, new_reward_model
 from .measures import reward_metrics
@@ -145,7 +145,9 @@ def _different(rows):
 def reward_datasets(config:RewardConfig, tokenizer)->tuple: # (training, held-out or None, dropped)
     "Load, split by prompt, encode."
     with counting_dropped() as lost: source = load_pairs(str(config.pairs))
-    if config.eval_pairs: parts = source, load_pairs(str(config.eval_pairs))
+    if config.eval_pairs:
+        parts = source, load_pairs(str(config.eval_pairs))
+        warn_shared(*parts, config.eval_pairs)
     else: parts = held_out_split(source, config.eval_share, config.seed)
     train, held = (part and _encode_pairs(part, tokenizer, config) for part in parts)
     dropped = {"not a pair": lost.total(), "same after the cut": sum(train["same"])}

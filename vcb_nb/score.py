@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/stages/score.html.md"""
 __all__ = ['ScoreConfig', 'score']
 
 # %% ../nbs/stages/05_score.ipynb #f67dc9b6
-import logging, statistics, time
+import logging, math, statistics, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,10 +16,11 @@ import torch
 
 from .artifacts import InputError, Progress
 from .data import candidate_parts, load_candidates
-from .judges import PolicyJudge, load_judge
+from .judges import (Answers, PolicyJudge, check_judge, check_reward, load_judge,
+                           row_place)
 from .loading import QuantizedLoading, load_tokenizer, pick_device
 from .losses import reward_sigma
-from .settings import (REQUIRED, check_least, check_required, is_function, load_function,
+from .settings import (REQUIRED, check_least, check_required, is_function,
                              option)
 from .shards import complete_parts
 
@@ -27,11 +28,15 @@ from .shards import complete_parts
 log = logging.getLogger(__name__)
 
 # %% ../nbs/stages/05_score.ipynb #7d1701b6
+def _mean_of(values)->float:
+    try: return statistics.fmean(values)
+    except OverflowError: return math.inf
+
 def reward_statistics(rewards:list, # of one prompt's candidates
                      )->dict: # reward_mean, reward_std
     "Mean and standard deviation (ddof=1) of one prompt's rewards; exactly 0 without a signal."
     sigma, _ = reward_sigma(torch.tensor([rewards], dtype=torch.float64))
-    return {"reward_mean": statistics.fmean(rewards), "reward_std": sigma.item()}
+    return {"reward_mean": _mean_of(rewards), "reward_std": sigma.item()}
 
 # %% ../nbs/stages/05_score.ipynb #b79a34fc
 def score_rows(rows:list, # candidate rows
@@ -41,6 +46,11 @@ def score_rows(rows:list, # candidate rows
     "Score candidate rows."
     rewards = judge(rows) if judge else [list(map(float, row["rewards"])) for row in rows]
     new = [{"rewards": values, **reward_statistics(values)} for values in rewards]
+    for row, found in zip(rows, new):
+        if not math.isfinite(found["reward_mean"] + found["reward_std"]):
+            low, high = min(found["rewards"]), max(found["rewards"])
+            raise InputError(f"{row_place(row)}: its rewards reach from {low:.3g} to {high:.3g}, "
+                             "beyond what a mean and σ can hold. Give rewards of a smaller scale.")
     if reference is not None:
         for row, values in zip(new, reference(rows)): row["ref_logps"] = values
     return [{**row, **added} for row, added in zip(rows, new)]
@@ -55,7 +65,11 @@ class ScoreConfig(QuantizedLoading):
     output_dir: str = option(REQUIRED,
         "Folder for the parts: output_dir/data/part-00000-of-00012.jsonl", decides=False)
     reward: str | None = option(None,
-        "Reward model folder, or 'module:function'; without it, given rewards stay.", source=True)
+        "Reward model folder, 'module:function' or 'file.py:function'; without it, given rewards "
+        "stay.", source=True)
+    workers: int = option(1,
+        "Threads that call a reward function: more for a slow one, such as a judge behind an API.",
+        decides=False)
     reference: str | None = option(None,
         "Policy folder whose log-probabilities are stored: the SFT model.", source=True)
     apply_chat_template: bool = option(False,
@@ -71,10 +85,10 @@ class ScoreConfig(QuantizedLoading):
     def __post_init__(self):
         check_required(self)
         check_least(self, max_prompt_length=1, max_completion_length=1, batch_tokens=1,
-                    shard_size=1)
+                    shard_size=1, workers=1)
         pick_device(self.device)
         self.check_loading()
-        if self.reward and is_function(self.reward): load_function(self.reward)
+        check_judge("reward", self.reward)
 
 # %% ../nbs/stages/05_score.ipynb #20c0a007
 def check_score(config:ScoreConfig, ahead)->None:
@@ -100,7 +114,10 @@ def score(config:ScoreConfig)->dict: # summary: counts, mean reward, mean σ(x),
     @contextmanager
     def scorer(parts):
         "The models are loaded; a bar shows candidates per second."
-        judges, start, done = load_judges(config, tokenizer, load(0)), time.perf_counter(), 0
+        first = load(parts[0])
+        answers = reward_answers(config, first[0])
+        judges = load_judges(config, tokenizer, first, answers)
+        start, done = time.perf_counter(), 0
         with Progress(len(parts), "score", unit="part") as bar:
             def make(part):
                 nonlocal done
@@ -112,18 +129,26 @@ def score(config:ScoreConfig)->dict: # summary: counts, mean reward, mean σ(x),
                 bar.update()
                 return rows
             yield make
+            if answers: answers.discard()
 
     rows = complete_parts(config, total, scorer)
     return {**summarise_scores(rows), "dropped": dropped}
 
 # %% ../nbs/stages/05_score.ipynb #7dffe111
-def load_judges(config, tokenizer, rows)->tuple: # what gives the rewards, what the log-probs
+def reward_answers(config, row:dict)->"Answers | None": # None: the reward is no function
+    "What an interrupted call was answered by the same reward function."
+    if not (config.reward and is_function(config.reward)): return None
+    check_reward(config.reward, row) # before any model is loaded
+    return Answers(config.output_dir, config.reward)
+
+def load_judges(config, tokenizer, rows, answers=None)->tuple: # what gives rewards, what log-probs
     "The reward and the reference of a config, each None where there is none."
     place = dict(device=config.device, batch_tokens=config.batch_tokens, **config.loading)
     lengths = dict(max_prompt_length=config.max_prompt_length,
                    max_completion_length=config.max_completion_length, rows=rows)
-    judge = load_judge(config.reward, tokenizer, **place, **lengths) if config.reward else None
-    return judge, PolicyJudge(config.reference, **place) if config.reference else None
+    judge = config.reward and load_judge(config.reward, tokenizer, config.workers, answers,
+                                         **place, **lengths)
+    return judge or None, PolicyJudge(config.reference, **place) if config.reference else None
 
 # %% ../nbs/stages/05_score.ipynb #e4b638fe
 POLICY_GAP = .05 # nats per token

@@ -8,7 +8,8 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/settings.html.md"""
 __all__ = ['REQUIRED', 'option', 'check_required', 'check_least']
 
 # %% ../nbs/foundations/02_settings.ipynb #ca248f0a
-import copy, dataclasses, enum, importlib, inspect, json, os, re, reprlib, sys, types, typing
+import copy, dataclasses, enum, functools, importlib.util, inspect, json, os, re, reprlib, sys
+import traceback, types, typing
 from pathlib import Path
 from .artifacts import (MANIFEST, InputError, did_you_mean, fingerprint, list_outputs,
                               read_json, write_json)
@@ -157,30 +158,156 @@ def check_values(config_class, # a dataclass of `option`s
     return {k: coerce(v, hints[k], f"{where}.{k}") for k, v in values.items()}
 
 # %% ../nbs/foundations/02_settings.ipynb #25453f10
-def is_function(source:str)->bool:
-    "Does the name say 'module:function' (and not a model folder)?"
-    name = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", str(source))
-    return bool(name) and not Path(source).exists()
+_FUNCTION = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_][\w.]*")
+
+def is_function(source)->bool: # str, or a callable
+    "A function, 'module:function' or 'file.py:function' (and not a model folder)?"
+    if callable(source): return True
+    return bool(_FUNCTION.fullmatch(str(source))) and not Path(str(source)).exists()
 
 def load_object(where:str): # 'package.module:name'
     "Import an object by its address."
     module, _, name = where.partition(":")
     return getattr(importlib.import_module(module), name)
 
-def load_function(source:str, # 'module:function'; the module may lie in the working directory
+def brief(value, to_text=repr, most:int=120)->str:
+    "A value in a message: one line, not too long, whatever its own `repr` does."
+    try: text = " ".join(to_text(value).split())
+    except Exception: text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= most else f"{text[:most - 3]}..."
+
+PACKAGE = Path(inspect.getfile(InputError)).parent
+
+def error_words(error:BaseException)->str: # 'ZeroDivisionError: division by zero (rewards.py:3)'
+    "What a user's code raised, with the line that raised it."
+    said = brief(error, str)
+    frames = [f for f in traceback.extract_tb(error.__traceback__)
+              if not f.filename.startswith("<frozen") and PACKAGE
+              not in Path(f.filename).parents and not isinstance(error, SyntaxError)]
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}{said and f': {said}'}{where}"
+
+
+# %% ../nbs/foundations/02_settings.ipynb #3b7d20c1
+def _import(module:str): # its name, or the path of its file
+    "Import a module; it may lie in the working directory, or be a file anywhere."
+    path = Path(module).resolve() if module.endswith(".py") else None
+    folder = str(path.parent) if path else os.getcwd()
+    if folder not in sys.path: sys.path.append(folder)
+    if not path: return importlib.import_module(module)
+    if str(path) in sys.modules: return sys.modules[str(path)]
+    spec = importlib.util.spec_from_file_location(str(path), path)
+    found = sys.modules[str(path)] = importlib.util.module_from_spec(spec)
+    try: spec.loader.exec_module(found)
+    except BaseException:
+        del sys.modules[str(path)]
+        raise
+    return found
+
+def _reward_module(source:str, module:str):
+    "The module of a reward; `InputError` says why it cannot be imported."
+    if module.endswith(".py") and not Path(module).is_file():
+        raise InputError(f"reward '{source}': there is no file {module}. Correct the path.")
+    try: return _import(module)
+    except (Exception, SystemExit) as e:
+        missing = isinstance(e, ModuleNotFoundError) and e.name
+        if missing and f"{module}.".startswith(f"{e.name}."):
+            raise InputError(f"reward '{source}': there is no module '{e.name}'. Install it, or "
+                             "run from the folder that holds it.") from None
+        raise InputError(f"reward '{source}': {module} cannot be imported. It raised "
+                         f"{error_words(e)}. Fix it, and run again.") from e
+
+# %% ../nbs/foundations/02_settings.ipynb #7e51a9d4
+def load_function(source, # 'module:function', 'file.py:function', or the callable itself
                  ): # the function
     "Import a reward function, or raise `InputError` with the name that was probably meant."
-    module, _, name = source.partition(":")
-    if os.getcwd() not in sys.path: sys.path.append(os.getcwd())
-    try: found = importlib.import_module(module)
-    except ModuleNotFoundError as e:
-        if not e.name or not f"{module}.".startswith(f"{e.name}."): raise
-        raise InputError(f"reward '{source}': there is no module '{e.name}'. Install it, or run "
-                         "from the folder that holds it.") from None
-    if callable(getattr(found, name, None)): return getattr(found, name)
+    if callable(source): return source
+    module, _, name = source.rpartition(":")
+    found = _reward_module(source, module)
+    try: function = functools.reduce(getattr, name.split("."), found)
+    except AttributeError: function = None
+    if callable(function): return function
+    if function is not None:
+        raise InputError(f"reward '{source}': {name} is {brief(function)}, which cannot be "
+                         "called. Name a function, or an object that can be called.")
     names = [n for n, v in vars(found).items() if callable(v) and not n.startswith("_")]
     raise InputError(f"reward '{source}': {module} has no function '{name}'. "
                      + did_you_mean(name, names))
+
+# %% ../nbs/foundations/02_settings.ipynb #5f2b8c93
+def inner_function(function):
+    "The function inside a `partial`, an `lru_cache` or another wrapper."
+    while True:
+        if isinstance(function, functools.partial): function = function.func
+        elif hasattr(function, "__wrapped__"): function = function.__wrapped__
+        else: return function
+
+def function_name(function)->str: # 'module:name', or what it is called
+    "The name of a reward for messages and records."
+    if isinstance(function, str): return function
+    inner = inner_function(function)
+    named = inner if hasattr(inner, "__qualname__") else type(inner)
+    return f"{named.__module__}:{named.__qualname__}"
+
+def _address(function)->"str | None":
+    "'module:name' where that gives this very object."
+    module, name = (getattr(function, k, None) for k in ("__module__", "__qualname__"))
+    if not isinstance(name, str) or module in (None, "__main__"): return None
+    try: found = functools.reduce(getattr, name.split("."), sys.modules[module])
+    except (AttributeError, KeyError): return None
+    return f"{module}:{name}" if found is function else None
+
+def _source_file(thing)->"str | None": # None for what is built in
+    try: return inspect.getsourcefile(thing)
+    except TypeError: return None
+
+# %% ../nbs/foundations/02_settings.ipynb #e8d0467a
+def _state(thing, above:tuple=()):
+    "What a thing says and holds, as plain values; never where it lies in memory."
+    if isinstance(thing, (type(None), bool, int, float, str, bytes, Path)): return repr(thing)
+    if id(thing) in above or len(above) > 8: return type(thing).__name__
+    inner = functools.partial(_state, above=(*above, id(thing)))
+    if isinstance(thing, (list, tuple)): return [inner(v) for v in thing]
+    if isinstance(thing, (set, frozenset)): return sorted(map(inner, thing), key=json.dumps)
+    if isinstance(thing, dict):
+        return sorted(([inner(k), inner(v)] for k, v in thing.items()), key=json.dumps)
+    if isinstance(thing, types.CodeType):
+        return [thing.co_code.hex(), *thing.co_names, inner(thing.co_consts)]
+    if isinstance(thing, functools.partial):
+        return [inner(v) for v in (thing.func, thing.args, thing.keywords)]
+    if isinstance(thing, types.MethodType): return [inner(thing.__func__), inner(thing.__self__)]
+    if hasattr(thing, "__wrapped__"): return inner(thing.__wrapped__)
+    if isinstance(thing, types.ModuleType): return thing.__name__
+    return _own_state(thing, inner)
+
+def _own_state(thing, inner):
+    "What is left: functions, classes, arrays, and objects with attributes."
+    if address := _address(thing): return [address, _file_mark(_source_file(thing))]
+    if isinstance(thing, types.FunctionType):
+        used = [thing.__globals__.get(name) for name in thing.__code__.co_names]
+        cells = [cell.cell_contents for cell in thing.__closure__ or ()]
+        helpers = [f for f in used if isinstance(f, (types.FunctionType, type))]
+        return list(map(inner, (thing.__code__, thing.__defaults__, thing.__kwdefaults__, cells,
+                                helpers)))
+    if isinstance(thing, type): return [thing.__qualname__, inner(
+        {k: v for k, v in vars(thing).items() if isinstance(v, types.FunctionType)})]
+    if hasattr(thing, "tolist"): return inner(thing.tolist())
+    held = {k: v for k, v in getattr(thing, "__dict__", {}).items() if not k.startswith("_")}
+    return [inner(type(thing)), inner(held)]
+
+def _file_mark(file): return fingerprint(Path(file)) if file and Path(file).exists() else None
+
+# %% ../nbs/foundations/02_settings.ipynb #19f6d5b8
+def function_key(source)->str: # of 'module:function', or of any callable
+    "A fingerprint of a reward function: of its name and files, or of its code and what it holds."
+    source = source if isinstance(source, str) else _address(source) or source
+    if not isinstance(source, str): return fingerprint(_state(source))
+    module, _, name = source.rpartition(":")
+    inner = inner_function(load_function(source))
+    defined = inner if hasattr(inner, "__code__") or isinstance(inner, type) else type(inner)
+    files = {_file_mark(_source_file(thing)) for thing in (_import(module), defined)} - {None}
+    name = f"{Path(module).name}:{name}" if module.endswith(".py") else source
+    return fingerprint([name, *sorted(files)])
 
 # %% ../nbs/foundations/02_settings.ipynb #504a1040
 _fingerprints = {} # (path, its stamp) → fingerprint: large files are read once per process
@@ -198,9 +325,7 @@ def source_key(source): # str, or the same structure of str
     if isinstance(source, dict): return {k: source_key(v) for k, v in source.items()}
     if isinstance(source, list): return [source_key(v) for v in source]
     if source is None: return None
-    if is_function(source):
-        file = inspect.getsourcefile(load_function(source))
-        return fingerprint([str(source), fingerprint(Path(file))])
+    if is_function(source): return function_key(source)
     whole, (name, _, split) = Path(str(source)), str(source).partition("#")
     if whole.exists(): return _content(whole)
     return _content(Path(name)) + (split and f"#{split}") if Path(name).exists() else str(source)

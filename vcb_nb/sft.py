@@ -22,7 +22,7 @@ from .artifacts import InputError
 from .batches import pad_rows
 from .chat import as_turns, chat_completion, check_chat
 from .data import (counting_dropped, encode_completion, encode_prompt, load_demonstrations,
-                         load_texts)
+                         load_texts, warn_shared)
 from .loading import QuantizedLoading, load_policy, load_tokenizer
 from .models import check_architecture, new_policy
 from .settings import REQUIRED, check_choice, check_least, check_required, option
@@ -179,7 +179,9 @@ def sft_datasets(config:SFTConfig, tokenizer)->tuple: # (training rows, held-out
     source = load(str(config.data))
     if group == "text" and not any(source["text"]):
         raise InputError(f"{config.data}: no text in any of {len(source)} rows. Check the file.")
-    if config.eval_data: parts = source, load(str(config.eval_data))
+    if config.eval_data:
+        parts = source, load(str(config.eval_data))
+        warn_shared(*parts, config.eval_data)
     elif group == "text" and len(source) < 2:
         blocks = encode(source, tokenizer, config)
         return held_out_split(blocks, config.eval_share, config.seed, group=None)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .losses import REWARD_RESOLUTION, preference_loss
+from .losses import preference_loss, reward_resolution
 
 # %% ../nbs/theory/08_worlds.ipynb #13ac9806
 @dataclass(frozen=True)
@@ -30,11 +30,10 @@ class TableWorld:
     def reward_std(self) -> Tensor:
         """Standard deviation of the reward under the SFT policy, exact: `[prompts]`.
 
-        Exactly 0 where it does not exceed `REWARD_RESOLUTION` times the largest |r|."""
+        Exactly 0 where it does not exceed the rewards' `reward_resolution`."""
         centred = self.rewards - expected(self.ref_logps, self.rewards)[:, None]
         std = expected(self.ref_logps, centred.square()).sqrt()
-        floor = REWARD_RESOLUTION * self.rewards.abs().amax(1)
-        return std.masked_fill(std <= floor, 0.)
+        return std.masked_fill(std <= reward_resolution(self.rewards), 0.)
 
 def table_world(
     probs, # `[prompts, K]` or `[K]`: the SFT policy, up to a factor per prompt

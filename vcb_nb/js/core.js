@@ -34,8 +34,10 @@ globalThis.VCBX = (old => {
   };
 
   // ---- losses, one prompt: same defaults, same guards as vcb_nb/losses.py --------------------
-  const REWARD_RESOLUTION = 1e-6;
-  const resolution = r => REWARD_RESOLUTION * Math.max(...r.map(Math.abs));
+  const REWARD_RESOLUTION = 1e-6, FLOAT_STEPS = 4;
+  const largest = r => Math.max(...r.map(Math.abs));
+  const resolution = r => Math.max(REWARD_RESOLUTION * largest(centred(r)),
+                                   FLOAT_STEPS * Number.EPSILON * largest(r));
   const ratios = (logps, ref) => logps.map((l, i) => l - ref[i]);
   const hasSignal = r => std(r) > resolution(r);
   // [winner, loser] of each pair that is not a tie.
