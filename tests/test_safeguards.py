@@ -51,7 +51,7 @@ def test_a_run_that_diverges_ends_with_a_sentence_and_keeps_nothing_broken(stage
                                                                          capsys):
     "The instance: a learning rate of 1e19 once ended with exit 0 and a model of NaN."
     given = settings_of(stage, world, max_steps=9, learning_rate=1e19, save_steps=1)
-    words = [w for k, v in given.items() for w in (f"--{k}", json.dumps(v))]
+    words = [w for k, v in given.items() for w in (f"--{k}", str(v))]
     assert main([stage, *words, "--output_dir", str(tmp_path/"out")]) == 2
     said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("vcb: ")]
     last = last_checkpoint(tmp_path/"out"/"checkpoints")
@@ -310,8 +310,6 @@ def test_tensorboard_files_stay_beside_the_model(world, tmp_path, monkeypatch, h
     with monkeypatch.context() as patch:
         with_callback(patch, Signal(3, signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt): run("sft", world, tmp_path/"out", **given)
-    words = [w for k, v in settings_of("sft", world, **given).items()
-             for w in (f"--{k}", json.dumps(v))]
     run("sft", world, tmp_path/"out", **given)
     found = EventAccumulator(str(tmp_path/"out"/"runs")).Reload().Scalars("train/loss")
     assert [e.step for e in found] == [1, 2, 3, 4, 5, 6]

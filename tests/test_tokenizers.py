@@ -51,7 +51,7 @@ def test_end_ids_are_those_of_generate_and_the_tokenizers():
 
 @pytest.mark.parametrize("name, pad_id, eos_id", [("gpt2", 50257, 50256), ("pythia_neox20b", 1, 0)])
 def test_real_tokenizers(shared_data, tmp_path, name, pad_id, eos_id):
-    "As published, neither pads; a reward model's takes the token that is there for it, or adds one."
+    "As published, neither pads; a reward model's takes the token meant for it, or adds one."
     files = shared_data/"tokenizers"/name
     if name == "gpt2":
         GPT2Tokenizer.from_pretrained(files).save_pretrained(tmp_path)

@@ -41,5 +41,5 @@ def main(target):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2: sys.exit("Name the folder to write: python tools/smollm2.py runs/smollm2")
+    if len(sys.argv) != 2: sys.exit("Give a folder to write: tools/smollm2.py FOLDER")
     main(Path(sys.argv[1]))

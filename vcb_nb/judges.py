@@ -146,7 +146,7 @@ def wanted_columns(function, columns:dict, row:dict)->dict:
     if any(p.kind == p.VAR_KEYWORD for p in parameters): return columns
     return {p.name: columns[p.name] for p in parameters if p.name in columns}
 
-def check_reward(source, row:dict)->None:
+def check_columns(source, row:dict)->None:
     "Raise `InputError` if a reward function needs a column that a candidate row has not."
     function = load_reward(source)
     if reward_form(function) == "columns": wanted_columns(function, reward_columns(row), row)
@@ -265,7 +265,7 @@ def function_calls(function, form:str, rows:list)->list: # of `Call`
         given = tuple(map(list, zip(*pairs))) if pairs else ()
         return [Call((given, {}), whole, False, fingerprint(pairs))]
     columns = [wanted_columns(function, reward_columns(row), row) for row in rows]
-    if is_batched(function): columns, everyone = [_joined(columns)], [whole]
+    if is_batched(function): columns, everyone = [_one_after_another(columns)], [whole]
     return [Call(((), given), candidates, False, fingerprint(_asked(given)))
             for given, candidates in zip(columns, everyone)]
 
@@ -278,7 +278,7 @@ def _asked(given:dict)->dict:
     return json.loads(json.dumps({k: v for k, v in given.items() if isinstance(v, list)},
                                  default=str))
 
-def _joined(columns:list)->dict:
+def _one_after_another(columns:list)->dict:
     "The columns of all rows one after the other."
     return {k: [v for c in columns for v in c[k]] if isinstance(given, list) else given
             for k, given in columns[0].items()} if columns else {}

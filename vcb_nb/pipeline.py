@@ -190,9 +190,11 @@ def _versions()->dict:
 def _barrier()->bool: # True on the process that writes the records
     "Wait for the other processes of a distributed run."
     if rank_and_world()[1] == 1: return True
+    import torch
     from accelerate import PartialState
-    PartialState().wait_for_everyone()
-    return PartialState().is_main_process
+    state = PartialState(cpu=not torch.cuda.is_available()) # else it takes a CPU for one process
+    state.wait_for_everyone()
+    return state.is_main_process
 
 def _refuse(job:Job, remark:str)->None:
     raise InputError(f"{job.folder} contains results made with different settings or inputs "

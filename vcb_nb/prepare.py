@@ -227,7 +227,7 @@ def _try_split(config:PrepareConfig)->None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare_pairs(config, folder)
-        _refuse_empty({p.stem: p.stat().st_size for p in sorted(folder.glob("*.jsonl"))})
+        _refuse_empty(folder, {p.stem: p.stat().st_size for p in sorted(folder.glob("*.jsonl"))})
 
 # %% ../nbs/stages/01_prepare.ipynb #cf1c24d5
 @dataclass
