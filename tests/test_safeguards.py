@@ -311,6 +311,7 @@ def test_tensorboard_files_stay_beside_the_model(world, tmp_path, monkeypatch, h
         with_callback(patch, Signal(3, signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt): run("sft", world, tmp_path/"out", **given)
     run("sft", world, tmp_path/"out", **given)
+    words = [w for k, v in settings_of("sft", world, **given).items() for w in (f"--{k}", str(v))]
     found = EventAccumulator(str(tmp_path/"out"/"runs")).Reload().Scalars("train/loss")
     assert [e.step for e in found] == [1, 2, 3, 4, 5, 6]
     assert {p.name for p in (tmp_path/"out").iterdir()} == {"model", "runs", "training_log.jsonl"}

@@ -16,7 +16,7 @@ import torch
 
 from .artifacts import InputError, Progress
 from .data import candidate_parts, load_candidates
-from .judges import (Answers, PolicyJudge, check_judge, check_columns, load_judge,
+from .judges import (Answers, PolicyJudge, check_judge, check_reward_columns, load_judge,
                            row_place)
 from .loading import QuantizedLoading, load_tokenizer, pick_device
 from .losses import reward_sigma
@@ -138,7 +138,7 @@ def score(config:ScoreConfig)->dict: # summary: counts, mean reward, mean σ(x),
 def reward_answers(config, row:dict)->"Answers | None": # None: the reward is no function
     "What an interrupted call was answered by the same reward function."
     if not (config.reward and is_function(config.reward)): return None
-    check_columns(config.reward, row) # before any model is loaded
+    check_reward_columns(config.reward, row) # before any model is loaded
     return Answers(config.output_dir, config.reward)
 
 def load_judges(config, tokenizer, rows, answers=None)->tuple: # what gives rewards, what log-probs
