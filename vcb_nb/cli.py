@@ -165,7 +165,7 @@ def inspect_parser()->_Parser:
         kind=("KIND", "read it as pairs, candidates, demonstrations, prompts or texts (default: "
                       "what its columns say)"),
         row=("N", "which of the usable rows to show (default: 0)", dict(type=int, default=0)),
-        color=("yes|no", "colours (default: on a terminal)", dict(type=truth)))
+        color=("yes|no", "colours (default: on a terminal)", dict(type=lambda text: truth(text))))
     parser.add_flag("apply_chat_template", "make strings turns, as the setting of the stages does")
     parser.add_flag("trust_remote_code", "run Python code that comes with a tokenizer. Read it "
                     "first")

@@ -124,12 +124,17 @@ def token_spans(tokenizer, row:TokenRow)->list: # of `Span`
 # %% ../nbs/runs/06_inspection.ipynb #1a5ec013
 ANSWER_COLUMNS = {"pairs": ("chosen", "rejected"), "demonstrations": ("completion",)}
 
+def _turns(messages, role:str)->list: # of `Span`
+    "Messages as texts; of an answer, only what the assistant says carries the loss."
+    roles = [role if role == "prompt" or m["role"] == "assistant" else "other" for m in messages]
+    return [Span(r, prompt_text([m]) + "\n") for r, m in zip(roles, messages)]
+
 def _texts(*parts)->list: # of `Span`
-    "A prompt and an answer, each a string or messages."
+    "A prompt and perhaps an answer, each a string or messages."
     chat = any(map(is_messages, parts))
-    found = [Span(role, prompt_text(part)) for role, part in zip(("prompt", "loss"), parts)]
-    if chat and len(found) > 1: found[0].text += "\n\n"
-    return found
+    named = zip(("prompt", "loss"), ("user", "assistant"), parts)
+    return [span for role, speaker, part in named
+            for span in (_turns(turn(part, speaker), role) if chat else [Span(role, part)])]
 
 def text_spans(kind:str, row:dict)->list: # (label, spans) of each answer
     "A row as text."
@@ -580,7 +585,7 @@ TARGETS = {"pairs": to_pairs, "ultrafeedback": to_ultrafeedback, "chat": to_chat
 def _plain_row(row)->dict:
     "A row as others write it: no empty fields, tools and tool calls as objects."
     def clean(name, value):
-        if is_messages(value): return clean_messages(value)
+        if is_messages(value): return [{"role": m["role"], **m} for m in clean_messages(value)]
         return read_json_text(value) if name == "tools" else value
     return {name: clean(name, value) for name, value in row.items() if value is not None}
 
