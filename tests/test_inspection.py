@@ -195,13 +195,14 @@ def test_lengths_and_the_context_are_counted(tmp_path, tokenizer):
 # What is odd
 
 ENDED = LIST | {"prompt_ids": [40], "completion_ids": [[50, 51], [52, 53]], "rewards": [2., 1.]}
+HALF = ENDED | {"completion_ids": [[50, "end"], [52, 53]]} # "end" becomes the end token's id
 THREE = {"prompt": QUESTION, "completions": [GOOD, BAD, "No."], "rewards": [3., 2., 1.]}
 WARNINGS = { # words → (rows with the fault, rows without it)
     "whose last id is no end token: 2 of 2": (
-        [ENDED], [ENDED | {"completion_ids": [[50, "end"], [52, 53]]}]),
+        [ENDED], [HALF]),
     "whose last id is no end token: 1 of 2": (
-        [ENDED | {"completion_ids": [[50, "end"], [52, 53]], "finish_reasons": ["stop", "stop"]}],
-        [ENDED | {"completion_ids": [[50, "end"], [52, 53]], "finish_reasons": ["stop", "length"]}]),
+        [HALF | {"finish_reasons": ["stop", "stop"]}],
+        [HALF | {"finish_reasons": ["stop", "length"]}]),
     "cut off at the length limit": ([THREE | {"finish_reasons": ["length"] * 3}],
                                     [THREE | {"finish_reasons": ["length", "stop", "length"]}]),
     "Rows that cannot be used: 1 (empty response: 1)": ([PAIR, PAIR | {"chosen": " "}], [PAIR]),
@@ -218,8 +219,8 @@ WARNINGS = { # words → (rows with the fault, rows without it)
     "plain strings, and the tokenizer is a chat model's": ([PAIR], [CHAT]),
     "special token, such as <|im_end|>: 1 of 2": (
         [CHAT, CHAT | {"chosen": said("So.<|im_end|>")}], [CHAT]),
-    "special token, such as <|endoftext|>: 1 of 1": ([THREE | {"completions": ["<|endoftext|>",
-                                                                               "b", "c"]}], [THREE]),
+    "special token, such as <|endoftext|>: 1 of 1": (
+        [THREE | {"completions": ["<|endoftext|>", "b", "c"]}], [THREE]),
     "no chat template": ([CHAT], [PAIR]),
 }
 
@@ -378,7 +379,8 @@ def test_trl_reads_the_pairs(tmp_path):
     trl = pytest.importorskip("trl.data_utils")
     chat = [{"prompt": [turn(QUESTION)], "completions": [GOOD, BAD], "rewards": [2., 1.]}]
     for rows, talks in (([THREE], False), (chat, True)):
-        convert(write_jsonl(tmp_path/"list.jsonl", rows), tmp_path/"pairs.jsonl", "pairs", redo=True)
+        path = write_jsonl(tmp_path/"list.jsonl", rows)
+        convert(path, tmp_path/"pairs.jsonl", "pairs", redo=True)
         for row in map(json.loads, (tmp_path/"pairs.jsonl").open()):
             assert set(row) == {"prompt", "chosen", "rejected", "margin"} and row["margin"] > 0
             assert trl.is_conversational(row) == talks

@@ -188,6 +188,7 @@ def convert_parser()->_Parser:
     parser.epilog = "OUT ends in .jsonl or .parquet."
     return parser
 
+# %% ../nbs/runs/05_cli.ipynb #c11a0106
 def _in_color()->bool:
     "Does the output go to a terminal, and does nobody object to colours?"
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")

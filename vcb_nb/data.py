@@ -497,6 +497,7 @@ def _named(source)->tuple: # (name for messages, path, split)
 def _saved_to_disk(path)->bool:
     return path.is_dir() and any((path/f).exists() for f in ("state.json", "dataset_dict.json"))
 
+# %% ../nbs/foundations/04_data.ipynb #d47a010a
 def _locate(source):
     "(name for messages, `Dataset` or `_Rows`) of whatever `source` names."
     if isinstance(source, Dataset): return "the dataset", source
@@ -899,8 +900,8 @@ def recognise(source, # see `load_rows`
 
 def _unknown_columns(name, columns):
     listed = ", ".join(f"{c} ({kind})" for c, kind in list(columns.items())[:12])
-    return InputError(f"{name}: no known layout has the columns {listed}. Rename them to prompt and "
-                      "completion; chosen and rejected; or completions and rewards. "
+    return InputError(f"{name}: no known layout has the columns {listed}. Rename them to prompt "
+                      "and completion; chosen and rejected; or completions and rewards. "
                       + nearest_layout(columns))
 
 # %% ../nbs/foundations/04_data.ipynb #d47a0108

@@ -47,6 +47,7 @@ class TokenRow:
         roles = ["prompt"] * len(self.prompt_ids) + ["loss" if m else "other" for m in self.mask]
         return roles if self.prompt_ids else ["other"] * len(roles[:1]) + roles[1:]
 
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec00b
 def pair_tokens(tokenizer, row:dict)->list: # of `TokenRow`
     "Both sides of a pair."
     prompt = encode_prompt(tokenizer, row["prompt"], tools=row.get("tools"))
@@ -61,7 +62,7 @@ def demonstration_tokens(tokenizer, row:dict)->list:
     ids, _ = encode_completion(tokenizer, row["completion"])
     return [TokenRow("demonstration", encode_prompt(tokenizer, row["prompt"]), ids, [1] * len(ids))]
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec00b
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec00c
 def candidate_tokens(tokenizer, row:dict)->list: # the row has ids
     "Every candidate of a row."
     return [TokenRow(_candidate_label(row, i), row["prompt_ids"], ids, [1] * len(ids))
@@ -70,6 +71,7 @@ def candidate_tokens(tokenizer, row:dict)->list: # the row has ids
 def _candidate_label(row, i)->str:
     return f"candidate {i}" + (f", reward {row['rewards'][i]:g}" if row.get("rewards") else "")
 
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec00d
 def prompt_tokens(tokenizer, row:dict)->list:
     "A prompt alone."
     return [TokenRow("prompt", encode_prompt(tokenizer, row["prompt"], tools=row.get("tools")),
@@ -91,7 +93,7 @@ def token_rows(tokenizer, kind:str, dataset)->list: # a list of `TokenRow`s per 
     if kind == "candidates": dataset = attach_ids(dataset, tokenizer)[0]
     return [TOKENS[kind](tokenizer, row) for row in dataset]
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec010
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec012
 @dataclass
 class Span:
     "Neighbouring tokens of one role, or a text where no tokenizer is given."
@@ -112,6 +114,7 @@ def _decoded(tokenizer, ids, start, stop)->str:
     before, whole = text(ids[:start]), text(ids[:stop])
     return whole[len(before):] if whole.startswith(before) else text(ids[start:stop])
 
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec013
 def token_spans(tokenizer, row:TokenRow)->list: # of `Span`
     "A row of tokens as stretches of text."
     ids, special, spans, start = [*row.prompt_ids, *row.ids], special_ids(tokenizer), [], 0
@@ -121,7 +124,7 @@ def token_spans(tokenizer, row:TokenRow)->list: # of `Span`
         start = stop
     return spans
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec013
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec016
 ANSWER_COLUMNS = {"pairs": ("chosen", "rejected"), "demonstrations": ("completion",)}
 
 def _turns(messages, role:str)->list: # of `Span`
@@ -146,7 +149,7 @@ def text_spans(kind:str, row:dict)->list: # (label, spans) of each answer
     return [(side if kind == "pairs" else "demonstration", _texts(row["prompt"], row[side]))
             for side in ANSWER_COLUMNS[kind]]
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec015
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec018
 _CODES = {"prompt": ("\033[2m", "\033[22m"), "loss": ("\033[32m", "\033[39m"),
           "special": ("\033[7m", "\033[27m")}
 _STYLES = {"prompt": "opacity:.6", "loss": "background:rgba(46,160,67,.25)",
@@ -163,15 +166,15 @@ def as_html(role:str, text:str)->str: # the text is escaped already
     "For a notebook."
     return f'<span style="{_STYLES[role]}">{text}</span>' if role in _STYLES else text
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec016
-SHOWN = 400 # characters of a stretch
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec019
+STRETCH = 400 # characters that are shown of one
 
 def visible(text:str)->str:
     "A text on which nothing is invisible: line ends and control characters are written out."
     def show(c): return c if c.isprintable() else "↵\n" if c == "\n" else ascii(c)[1:-1]
     return "".join(map(show, text))
 
-def shortened(text:str, most:int=SHOWN)->str:
+def shortened(text:str, most:int=STRETCH)->str:
     "A text without its middle if it is long."
     if len(text) <= most: return text
     return f"{text[:most // 2]} … ({len(text) - most} characters) … {text[len(text) - most // 2:]}"
@@ -184,7 +187,7 @@ def paint(spans:list, brush:Callable, escape=str)->str:
     return "".join(brush(role, "".join(map(one, group)))
                    for role, group in groupby(spans, lambda span: span.role))
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec019
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec01c
 EDGE, COLUMNS = 10, 88 # tokens at either end of a stretch; width of the lines
 
 def _cells(spans)->list: # (id, mask) as strings
@@ -207,7 +210,7 @@ def id_lines(spans:list)->list:
     return [f"{name} {' '.join(cells)}" for pair in lines if pair[0]
             for name, cells in zip(("ids ", "loss"), pair)]
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec01e
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec021
 @dataclass
 class Read:
     "What the checks look at."
@@ -232,6 +235,7 @@ class Read:
         if self.kind == "texts": return self.column("text")
         return list(map(prompt_key, self.column("prompt")))
 
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec022
 MEASURED = 1000 # rows that are looked at in detail
 
 def spread(dataset, most:int=MEASURED): # Dataset
@@ -243,7 +247,7 @@ def some(n:int, thing:str)->str:
     "'1 row', '2 rows'."
     return f"{n} {thing}{'s' * (n != 1)}"
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec01f
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec023
 def unusable(read):
     "Rows that no stage will see."
     if n := read.dropped.total():
@@ -265,7 +269,7 @@ def repeated(read):
         yield (f"{thing} in several rows: {n} of {len(counts)}, one of them in "
                f"{max(counts.values())} rows. Keep such rows on one side of a split.")
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec020
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec024
 def shared(read):
     "Prompts that are in another file too."
     load, column = (load_texts, "text") if read.kind == "texts" else (load_prompts, "prompt")
@@ -290,7 +294,7 @@ def tied(read):
         yield ("No prompt has more than two candidates. Two rewards have an order and no shape; "
                "value-based losses need three or more.")
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec021
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec025
 def endless(read):
     "Responses without an end."
     reasons, n = read.column("finish_reasons"), 0
@@ -304,8 +308,8 @@ def endless(read):
     n = sum(reason != "length" and ids[-1] not in ends for row, why in zip(stored, said)
             for ids, reason in zip(row, why))
     if n and (reasons or n == total):
-        yield (f"Stored completions whose last id is no end token: {n} of {total}, and nothing says "
-               "that they were cut off.")
+        yield (f"Stored completions whose last id is no end token: {n} of {total}, and nothing "
+               "says that they were cut off.")
 
 def too_long(read):
     "Rows beyond the model's context."
@@ -317,7 +321,7 @@ def too_long(read):
 def _beyond(context, row)->bool:
     return any(context and len(t.prompt_ids) + len(t.ids) > context for t in row)
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec022
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec026
 def _strings(value):
     "Every text in a row."
     if isinstance(value, str): yield value
@@ -340,7 +344,7 @@ def special_text(read):
 
 CHECKS = unusable, blank, repeated, shared, tied, endless, special_text, too_long
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec027
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec02b
 @dataclass(repr=False)
 class Inspection:
     "What a source contains, and what a training would see of it."
@@ -370,7 +374,7 @@ class Inspection:
         body = "\n".join(_report(self, as_html, html.escape))
         return f'<pre style="white-space:pre-wrap">{body}</pre>'
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec028
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec02c
 def _facts(found):
     "(name, sentence) of each fact that is known."
     source = found.source
@@ -394,9 +398,10 @@ def _facts(found):
 
 def _range(values)->str:
     low, high = min(values), max(values)
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}, median {statistics.median(values):g}"
+    if low == high: return f"{low:g}"
+    return f"{low:g} to {high:g}, median {statistics.median(values):g}"
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec029
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec02d
 ANSWERS_SHOWN = 4
 
 def _report(found, brush, escape=str):
@@ -415,7 +420,7 @@ def _report(found, brush, escape=str):
     if brush is plain and lossy: yield "  ⟦…⟧: what carries the loss"
     for said in found.warnings: yield escape(f"warning: {visible(said)}")
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec02a
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec02e
 @contextmanager
 def kept_warnings():
     "A list of (module, sentence): what the package would log meanwhile."
@@ -435,7 +440,7 @@ def _tokenizer_of(model)->tuple: # (tokenizer or None, context or None)
     try: return tokenizer, read_context(model)
     except InputError: return tokenizer, None # the folder of a tokenizer alone
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec02b
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec02f
 def _example(read, row:int)->list: # (label, spans)
     "A row of the loaded ones, in tokens where they can be made."
     if not 0 <= row < len(read.rows):
@@ -452,7 +457,7 @@ def _tokenise(read)->list: # sentences about what cannot be
     except InputError as e: return [str(e)]
     return []
 
-def _lengths(read)->dict:
+def _token_counts(read)->dict:
     "Tokens of the prompts, and of prompts with each response."
     flat = [t for row in read.tokens for t in row]
     if not flat or read.kind == "texts": return {}
@@ -460,7 +465,7 @@ def _lengths(read)->dict:
     if read.kind == "prompts": return lengths
     return lengths | {"with answer": [len(t.prompt_ids) + len(t.ids) for t in flat]}
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec02c
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec030
 def _load(source, kind, apply)->tuple: # Source, rows, dropped
     "The rows that a stage would get."
     known = recognise(source, kind)
@@ -468,7 +473,7 @@ def _load(source, kind, apply)->tuple: # Source, rows, dropped
     turns = apply and known.kind != "texts" and "prompt_ids" not in rows.column_names
     return known, rows.map(as_turns) if turns else rows, dropped
 
-def _others(source, against)->list:
+def _compared(source, against)->list:
     "The named file, or the other splits as far as they have prompts."
     if against is not None: return [against]
     def has_prompts(other):
@@ -481,11 +486,11 @@ def _picture(read, row:int, warnings:list)->Inspection:
     return Inspection(
         source=read.source, usable=len(read.rows), dropped=dict(read.dropped),
         prompts=len(set(read.keys)), candidates=list(map(len, read.column("completions"))),
-        rewards=rewards, lengths=_lengths(read), measured=len(read.tokens), context=read.context,
-        beyond=sum(_beyond(read.context, tokens) for tokens in read.tokens), row=row,
-        example=_example(read, row), warnings=warnings)
+        rewards=rewards, lengths=_token_counts(read), measured=len(read.tokens),
+        context=read.context, beyond=sum(_beyond(read.context, tokens) for tokens in read.tokens),
+        row=row, example=_example(read, row), warnings=warnings)
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec02d
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec031
 def inspect_data(source, # file, folder, Hub name (with `#split`), or `Dataset`: see `load_rows`
                  model=None, # whose tokens are shown: a folder, a Hub name, or a tokenizer
                  *, against=None, # a source that should have no prompt in common
@@ -497,7 +502,7 @@ def inspect_data(source, # file, folder, Hub name (with `#split`), or `Dataset`:
     with kept_warnings() as kept:
         known, rows, dropped = _load(source, kind, apply_chat_template)
         tokenizer, context = _tokenizer_of(model)
-        read = Read(known, rows, dropped, _others(source, against), tokenizer, context=context)
+        read = Read(known, rows, dropped, _compared(source, against), tokenizer, context=context)
         cannot = _tokenise(read) if tokenizer is not None else []
         if read.tokens and known.kind != "texts":
             check_chat(tokenizer, read.column("prompt"), known.name, apply_chat_template)
@@ -506,7 +511,7 @@ def inspect_data(source, # file, folder, Hub name (with `#split`), or `Dataset`:
     shown.warnings = cannot + [said for name, said in kept if name == "vcb_nb.chat"] + warnings
     return shown
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec03b
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec03f
 def _scored(source, known, to:str): # Dataset
     "The source as candidates, with rewards where `to` needs them."
     if known.kind == "pairs": return _as_lists(load_pairs(source), known.name)
@@ -521,15 +526,13 @@ def _as_lists(pairs, name): # Dataset
         if margin <= 0:
             raise InputError(f"{name}, pair {i}: the margin is {margin:g}, so the chosen answer is "
                              "not the better one. Fix the row or remove it.")
-    def texts(row):
-        try: return {side: answer_text(row[side]) for side in ("chosen", "rejected")}
-        except InputError as e: raise InputError(f"{name}, pair {row['index']}: {e}") from None
-    pairs = pairs.add_column("index", list(range(len(pairs))))
-    made = [{**row, **texts(row)} for row in pairs]
-    lists = pairs_to_candidates(Dataset.from_list(made))
+    def texts(i, row):
+        try: return {**row, **{s: answer_text(row[s]) for s in ("chosen", "rejected")}}
+        except InputError as e: raise InputError(f"{name}, pair {i}: {e}") from None
+    lists = pairs_to_candidates(Dataset.from_list([texts(*pair) for pair in enumerate(pairs)]))
     return lists.add_column("tools", pairs["tools"]) if "tools" in pairs.column_names else lists
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec03c
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec040
 CANDIDATE_COLUMNS = ("prompt", "tools", "completions", "prompt_ids", *PER_CANDIDATE, "reward_mean",
                      "reward_std")
 
@@ -556,7 +559,7 @@ def to_ultrafeedback(source, known, mode):
                    for text, reward in zip(row["completions"], row["rewards"])]
         yield {"instruction": row["prompt"], "completions": records}
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec03e
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec042
 def dialogue_turns(prompt:str)->list: # messages; [] if it is no dialogue
     "The turns of an HH dialogue that waits for an answer."
     if not (prompt.startswith(HUMAN) and prompt.endswith(ASSISTANT)): return []
@@ -578,7 +581,7 @@ def to_chat(source, known, mode):
         tools = {"tools": row["tools"]} if row.get("tools") else {}
         yield {"messages": row["prompt"] + row["completion"], **tools}
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec041
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec045
 TARGETS = {"pairs": to_pairs, "ultrafeedback": to_ultrafeedback, "chat": to_chat,
            "candidates": to_candidates}
 
@@ -589,6 +592,7 @@ def _plain_row(row)->dict:
         return read_json_text(value) if name == "tools" else value
     return {name: clean(name, value) for name, value in row.items() if value is not None}
 
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec046
 def _check_target(out:Path, to:str, mode:str, redo:bool)->None:
     "What can be known before the source is read."
     for name, value, valid in (("layout", to, TARGETS), ("mode", mode, PAIR_MODES)):
@@ -608,7 +612,7 @@ def _as_parquet(rows:list)->bytes:
     Dataset.from_list(stored).to_parquet(buffer)
     return buffer.getvalue()
 
-# %% ../nbs/runs/06_inspection.ipynb #1a5ec042
+# %% ../nbs/runs/06_inspection.ipynb #1a5ec047
 def convert(source, # any source of `load_rows`
             out, # the file to write: .jsonl or .parquet
             to:str, # 'pairs', 'ultrafeedback', 'chat' or 'candidates'
