@@ -162,8 +162,8 @@ def test_a_pair_is_what_the_reward_model_reads(row, apply, tokenizer):
 def test_candidates_are_what_calibration_reads(stored, tokenizer):
     "Stored ids are shown as they are, also where the texts would give others."
     row = LIST | {"rewards": [2., 1.], "ref_logps": [-1., -2.]}
-    if stored: row |= {"prompt_ids": [40, 41], "completion_ids": [[50, 51, 52], [53]],
-                       "finish_reasons": ["length", "length"]}
+    if stored: row |= {"prompt_ids": [40, 41], "finish_reasons": ["length", "length"],
+                       "completion_ids": [tokenizer(text).input_ids[:3] for text in (GOOD, BAD)]}
     rows = Dataset.from_list([row])
     args = CalibrationConfig(output_dir="o", model="m", candidates="c")
     want = prepare_dataset(load_candidates(rows), "train", args, tokenizer)[0][0]
@@ -194,8 +194,10 @@ def test_lengths_and_the_context_are_counted(tmp_path, tokenizer):
 
 # What is odd
 
-ENDED = LIST | {"prompt_ids": [40], "completion_ids": [[50, 51], [52, 53]], "rewards": [2., 1.]}
-HALF = ENDED | {"completion_ids": [[50, "end"], [52, 53]]} # "end" becomes the end token's id
+END = "<|im_end|>" # tokens stand for their ids
+ENDED = {"prompt": "?", "completions": ["ab", "cd"], "rewards": [2., 1.], "prompt_ids": [40],
+         "completion_ids": [["a", "b"], ["c", "d"]]}
+HALF = ENDED | {"completion_ids": [["a", "b", END], ["c", "d"]]}
 THREE = {"prompt": QUESTION, "completions": [GOOD, BAD, "No."], "rewards": [3., 2., 1.]}
 WARNINGS = { # words → (rows with the fault, rows without it)
     "whose last id is no end token: 2 of 2": (
@@ -205,6 +207,8 @@ WARNINGS = { # words → (rows with the fault, rows without it)
         [HALF | {"finish_reasons": ["stop", "length"]}]),
     "cut off at the length limit": ([THREE | {"finish_reasons": ["length"] * 3}],
                                     [THREE | {"finish_reasons": ["length", "stop", "length"]}]),
+    "stored token ids do not come from the tokenizer of the model": (
+        [ENDED | {"completions": ["no", "yes"]}], [ENDED]),
     "Rows that cannot be used: 1 (empty response: 1)": ([PAIR, PAIR | {"chosen": " "}], [PAIR]),
     "Empty candidates: 1 of 3": ([THREE | {"completions": [GOOD, "\u200b", "No."]}], [THREE]),
     "Prompts in several rows: 1 of 2, one of them in 3 rows": (
@@ -227,9 +231,11 @@ WARNINGS = { # words → (rows with the fault, rows without it)
 
 @pytest.mark.parametrize("words", WARNINGS)
 def test_a_warning_is_given_where_it_is_due_and_only_there(words, tokenizer, tiny_tokenizer):
+    def with_ids(row):
+        ids = list(map(tokenizer.convert_tokens_to_ids, row.get("completion_ids", ())))
+        return row | ({"completion_ids": ids} if ids else {})
     def read(rows):
-        rows = json.loads(json.dumps(rows).replace('"end"', str(tokenizer.eos_token_id)))
-        return inspect_data(Dataset.from_list(rows),
+        return inspect_data(Dataset.from_list(list(map(with_ids, rows))),
                             tiny_tokenizer if "no chat" in words else tokenizer)
     (faulty, right) = map(read, WARNINGS[words])
     assert sum(words in said for said in faulty.warnings) == 1, faulty.warnings

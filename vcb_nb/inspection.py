@@ -25,9 +25,10 @@ from .chat import (as_turns, chat_completion, check_chat, clean_messages, is_bla
                          is_messages, prompt_key, prompt_text, read_json_text, storable, turn,
                          turn_ends)
 from .data import (ASSISTANT, HUMAN, LOADERS, PAIR_MODES, PER_CANDIDATE, Source, attach_ids,
-                         candidates_to_pairs, counting_dropped, encode_completion, encode_prompt,
-                         encode_response, load_candidates, load_demonstrations, load_pairs,
-                         load_prompts, load_texts, other_splits, pairs_to_candidates, recognise)
+                         candidates_to_pairs, check_stored_ids, counting_dropped, encode_completion,
+                         encode_prompt, encode_response, load_candidates, load_demonstrations,
+                         load_pairs, load_prompts, load_texts, other_splits, pairs_to_candidates,
+                         recognise)
 from .layouts import answer_text
 from .loading import load_tokenizer, read_context
 from .losses import reward_resolution
@@ -451,9 +452,12 @@ def _example(read, row:int)->list: # (label, spans)
         if found: return [(t.label, token_spans(read.tokenizer, t)) for t in found[0]]
     return text_spans(read.kind, read.rows[row])
 
-def _tokenise(read)->list: # sentences about what cannot be
+def _tokenise(read, model)->list: # sentences about what cannot be
     "Put the tokens of the rows into `read`."
-    try: read.tokens = token_rows(read.tokenizer, read.kind, spread(read.rows))
+    name = model if isinstance(model, (str, Path)) else "the model"
+    try:
+        check_stored_ids(read.rows, read.tokenizer, name, read.source.name)
+        read.tokens = token_rows(read.tokenizer, read.kind, spread(read.rows))
     except InputError as e: return [str(e)]
     return []
 
@@ -503,7 +507,7 @@ def inspect_data(source, # file, folder, Hub name (with `#split`), or `Dataset`:
         known, rows, dropped = _load(source, kind, apply_chat_template)
         tokenizer, context = _tokenizer_of(model)
         read = Read(known, rows, dropped, _compared(source, against), tokenizer, context=context)
-        cannot = _tokenise(read) if tokenizer is not None else []
+        cannot = _tokenise(read, model) if tokenizer is not None else []
         if read.tokens and known.kind != "texts":
             check_chat(tokenizer, read.column("prompt"), known.name, apply_chat_template)
         warnings = [sentence for check in CHECKS for sentence in check(read)]
