@@ -15,7 +15,8 @@ LAYERS = [["losses"], ["worlds"], ["plots"], ["figures", "explorables"], ["widge
           ["packing", "preflight"], ["prepare", "logprobs", "training", "measures"], ["judges"],
           ["checks"],
           ["sft", "reward", "sample", "calibrate"], ["score"], ["evaluate"], ["diagnosis"],
-          ["live"], ["stages"], ["recipes"], ["pipeline"], ["report"], ["cli"]]
+          ["live"], ["stages"], ["recipes"], ["pipeline"], ["report"], ["inspection"],
+          ["cli"]]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 TRAINERS = {"sft", "reward", "calibrate"}
 TORCH_ONLY = {"losses": {"torch"}, "worlds": {"torch"}, "explorables": set(),
@@ -109,6 +110,7 @@ def test_the_face_is_lazy_and_whole():
 
 
 def test_the_public_interface_stays_small():
-    "What a module offers in `__all__`, over all modules: what users meet on the site."
+    """What a module offers in `__all__`, over all modules: what users meet on the site.
+    A new name takes the place of another, unless users call it: `inspect_data` and `convert` do."""
     offered = {name: importlib.import_module(f"vcb_nb.{name}").__all__ for name in MODULES}
-    assert sum(map(len, offered.values())) <= 150, offered
+    assert sum(map(len, offered.values())) <= 152, offered

@@ -143,7 +143,86 @@ def stage_parser(stage, # of STAGES
                                help=_describe(f) if everything or f in own else argparse.SUPPRESS)
     _add_common(parser)
     if inherited: parser.add_flag("help_all", "show the settings of TrainingArguments as well")
+    if stage.name == "data": parser.epilog = "\n".join([
+        "Two commands look at a file and convert one:",
+        *(f"  vcb data {name} --help" for name in DATA_TOOLS)])
     return parser
+
+# %% ../nbs/runs/05_cli.ipynb #c11a0102
+def _tool_parser(name:str, usage:str, help:str, **options)->_Parser: # option: (metavar, help, …)
+    parser = _Parser(f"data {name}", usage, help)
+    for option, (metavar, said, *more) in options.items():
+        parser.add_argument(f"--{option}", metavar=metavar, help=said, **dict(*more))
+    return parser
+
+def inspect_parser()->_Parser:
+    "The options of `vcb data inspect`."
+    parser = _tool_parser(
+        "inspect", "FILE [OPTIONS]", "Say what a file would be read as, and show a row.",
+        model=("NAME", "whose tokens and loss mask are shown: a folder or a hub name; no weights "
+                       "are loaded"),
+        against=("FILE", "another file, which should have no prompt in common with this one"),
+        kind=("KIND", "read it as pairs, candidates, demonstrations, prompts or texts (default: "
+                      "what its columns say)"),
+        row=("N", "which of the usable rows to show (default: 0)", dict(type=int, default=0)),
+        color=("yes|no", "colours (default: on a terminal)", dict(type=lambda text: truth(text))))
+    parser.add_flag("apply_chat_template", "make strings turns, as the setting of the stages does")
+    parser.add_flag("trust_remote_code", "run Python code that comes with a tokenizer. Read it "
+                    "first")
+    parser.add_flag("help", "show this help")
+    parser.epilog = ("FILE is a file, a folder (folder#split where it has several), or a dataset "
+                     "on the Hub.")
+    return parser
+
+# %% ../nbs/runs/05_cli.ipynb #c11a0103
+def convert_parser()->_Parser:
+    "The options of `vcb data convert`."
+    parser = _tool_parser(
+        "convert", "SOURCE OUT --to LAYOUT [OPTIONS]", "Write a file in another layout.",
+        to=("LAYOUT", "pairs (TRL's prompt, chosen, rejected, margin), ultrafeedback, chat "
+                      "(messages), or candidates"),
+        mode=("MODE", "of pairs: all, best_worst or best_of_rest (default: all)",
+              dict(default="all")))
+    parser.add_flag("redo", "replace OUT if it is there")
+    parser.add_flag("help", "show this help")
+    parser.epilog = "OUT ends in .jsonl or .parquet."
+    return parser
+
+# %% ../nbs/runs/05_cli.ipynb #c11a0106
+def _in_color()->bool:
+    "Does the output go to a terminal, and does nobody object to colours?"
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+def _inspect(own)->None:
+    from vcb_nb.inspection import inspect_data
+    if len(own.words) != 1: raise InputError("vcb data inspect takes one file, folder or hub name.")
+    with _trust(own):
+        found = inspect_data(own.words[0], own.model, against=own.against, kind=own.kind,
+                             apply_chat_template=own.apply_chat_template, row=own.row)
+    print(found.text(_in_color() if own.color is None else own.color))
+
+def _convert(own)->None:
+    from vcb_nb.inspection import convert
+    if len(own.words) != 2: raise InputError("vcb data convert takes a source and a file to write.")
+    if own.to is None: raise InputError("vcb data convert needs --to LAYOUT.")
+    n = convert(*own.words, own.to, own.mode, own.redo)
+    print(f"{own.words[1]}: {n} row{'s' * (n != 1)}")
+
+# %% ../nbs/runs/05_cli.ipynb #c11a0104
+DATA_TOOLS = {"inspect": (inspect_parser, _inspect), "convert": (convert_parser, _convert)}
+
+def _run_tool(name:str, *args:str)->None:
+    "`vcb data inspect` and `vcb data convert`."
+    make, run = DATA_TOOLS[name]
+    parser = make()
+    own, unknown = parser.read(list(args))
+    if own.help: return print(parser.format_help())
+    known = [key for key in vars(own) if key != "words"]
+    for key in unknown:
+        raise InputError(f"vcb data {name}: --{key} is no option. {did_you_mean(key, known)}")
+    empty = next((key for key, value in vars(own).items() if value == ""), None)
+    if empty: raise InputError(f"--{empty} is empty. Give it a value, or leave it out.")
+    run(own)
 
 # %% ../nbs/runs/05_cli.ipynb #a3141b63
 def _run_recipe(args:list)->None:
@@ -232,10 +311,11 @@ def _stage_alone(stage, settings:dict, redo:bool)->None:
 def _general_help()->str:
     "What `vcb` alone prints."
     commands = {"run": "Run or resume a whole recipe.",
+                **{f"data {name}": tool().description for name, (tool, _) in DATA_TOOLS.items()},
                 **{name: find_stage(name).help for name in stage_names()}}
     return "\n".join([
         "Value-based Calibration of language models.", "",
-        *(f"  vcb {name:<10} {help}" for name, help in commands.items()), "",
+        *(f"  vcb {name:<12} {help}" for name, help in commands.items()), "",
         "  vcb COMMAND --help lists its options; vcb --version prints the version.",
         "  RECIPE is a YAML file, or one that comes with the package: "
         + ", ".join(shipped_recipes()) + "."])
@@ -256,6 +336,7 @@ def _dispatch(args:list)->None:
     if command not in names:
         raise InputError(f"There is no command '{command}'. {did_you_mean(command, names)}")
     if not any(word.startswith("--help") for word in rest): _quiet()
+    if command == "data" and rest[:1] and rest[0] in DATA_TOOLS: return _run_tool(*rest)
     return _run_recipe(rest) if command == "run" else _run_stage(command, rest)
 
 # %% ../nbs/runs/05_cli.ipynb #28f6ae03

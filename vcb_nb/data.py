@@ -13,6 +13,7 @@ __all__ = ['load_rows', 'split_dialogue', 'load_pairs', 'load_demonstrations', '
 import bz2, csv, gzip, io, json, logging, lzma, math, re, zlib
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations, islice
 from pathlib import Path
@@ -30,7 +31,7 @@ from .chat import (as_turns, chat_demonstration, chat_pair, chat_prompt_ids,
                          chat_response_ids, check_chat, context, end_of_turn, first_answer,
                          is_blank, is_messages, message_fault, prompt_key, prompt_text,
                          storable, turn_ends)
-from .layouts import find_layout, nearest_layout, shape
+from .layouts import Layout, find_layout, nearest_layout, shape
 from .losses import reward_resolution
 from .shards import refuse_altered
 
@@ -487,17 +488,24 @@ def _tables(name, paths):
                          "Download or write it again.") from None
 
 # %% ../nbs/foundations/04_data.ipynb #262c1a9d
+def _named(source)->tuple: # (name for messages, path, split)
+    "A source taken apart; a file may have `#` in its name."
+    name, _, split = str(source).partition("#")
+    if Path(str(source)).expanduser().exists(): name, split = str(source), ""
+    return name, Path(name).expanduser(), split
+
+def _saved_to_disk(path)->bool:
+    return path.is_dir() and any((path/f).exists() for f in ("state.json", "dataset_dict.json"))
+
+# %% ../nbs/foundations/04_data.ipynb #d47a010a
 def _locate(source):
     "(name for messages, `Dataset` or `_Rows`) of whatever `source` names."
     if isinstance(source, Dataset): return "the dataset", source
-    name, _, split = str(source).partition("#")
-    if Path(str(source)).expanduser().exists(): name, split = str(source), ""
-    path = Path(name).expanduser()
+    name, path, split = _named(source)
     if not path.exists():
         refuse_unfinished(path)
         return name, _from_hub(name, split)
-    if path.is_dir() and any((path/f).exists() for f in ("state.json", "dataset_dict.json")):
-        return name, _from_disk(path, split)
+    if _saved_to_disk(path): return name, _from_disk(path, split)
     if path.is_file() and not _kind(path):
         raise InputError(f"{path}: unknown kind of file. Use {_ENDINGS}; all but Parquet, Arrow "
                          "and Feather may be compressed (.gz, .zst, .bz2, .xz).")
@@ -827,6 +835,91 @@ def load_candidates(source, # see `load_rows`; also the output folder of `sample
     `InputError` names the row and index of a reward that is not a finite number, and the row
     whose lists differ in length."""
     return _candidates(_adapted(_locate(source), "candidates"), need)
+
+# %% ../nbs/foundations/04_data.ipynb #d47a0103
+LOADERS = {"pairs": load_pairs, "candidates": load_candidates, "texts": load_texts,
+           "demonstrations": load_demonstrations, "prompts": load_prompts}
+_EITHER, _OWN = "text|chat|mixed", "the package's own columns" # mixed: the loader names the row
+
+def _own(kind, becomes, name=_OWN, **needs): return Layout(name, needs, {kind: None}, "", becomes)
+
+OWN_LAYOUTS = (
+    _own("candidates", "candidates", prompt=_EITHER, completions="[text]"),
+    _own("pairs", "pairs", prompt=_EITHER, chosen=_EITHER, rejected=_EITHER),
+    _own("pairs", "pairs, split after the last Assistant turn", "HH dialogues",
+         chosen="text", rejected="text"),
+    _own("demonstrations", "demonstrations", prompt=_EITHER, completion=_EITHER),
+    _own("demonstrations", "chat demonstrations, split before the first answer", "messages",
+         messages="chat"),
+    _own("demonstrations", "demonstrations", "TL;DR", post="text", summary="text"),
+    _own("demonstrations", "demonstrations", "TL;DR", prompt="text", label="text"),
+    _own("demonstrations", "demonstrations; the prompt ends in TL;DR:", "CNN/DailyMail",
+         article="text", highlights="text"),
+    _own("texts", "texts", text="text"),
+    *(_own("prompts", "prompts", **{column: _EITHER}) for column in ("prompt", "post", "article")),
+)
+
+# %% ../nbs/foundations/04_data.ipynb #d47a0104
+@dataclass(frozen=True)
+class Source:
+    "What a source contains, and what it is read as."
+    name: str      # for messages
+    files: tuple   # paths; none of a `Dataset`, or of one on the Hub
+    rows: int      # before any is dropped
+    columns: dict  # name → what is in it
+    kind: str      # of `LOADERS`
+    layout: str    # in words
+    becomes: str   # in words
+    kinds: tuple   # all that the layout itself can be read as
+
+def source_files(source)->tuple: # paths
+    "The files that are read; none of a `Dataset`, a `save_to_disk` folder, or a name on the Hub."
+    if isinstance(source, Dataset): return ()
+    path, split = _named(source)[1:]
+    if path.is_file(): return (path,)
+    if not path.is_dir() or _saved_to_disk(path): return ()
+    return tuple(_folder_files(path, split))
+
+# %% ../nbs/foundations/04_data.ipynb #d47a0105
+def recognise(source, # see `load_rows`
+              kind:str=None, # of `LOADERS`; None: what the columns say
+             )->Source:
+    "What the columns of a source say that it is; `InputError` if they say nothing."
+    if kind not in (None, *LOADERS):
+        raise InputError(f"Unknown kind '{kind}'. {did_you_mean(kind, LOADERS)}")
+    name, found = place = _locate(source)
+    columns = _columns(place)[1]
+    rows = len(found) if isinstance(found, Dataset) else sum(1 for _ in found)
+    fits = (one for one in (find_layout(columns), *OWN_LAYOUTS) if one and not one.absent(columns))
+    layout = next(fits, None)
+    if layout is None and kind is None: raise _unknown_columns(name, columns)
+    kinds = tuple(layout.makes) if layout else ()
+    read = kind or ("demonstrations" if "demonstrations" in kinds else kinds[0])
+    words = (layout.name, layout.becomes) if layout else ("no known layout", read)
+    return Source(name, source_files(source), rows, columns, read, *words, kinds)
+
+def _unknown_columns(name, columns):
+    listed = ", ".join(f"{c} ({kind})" for c, kind in list(columns.items())[:12])
+    return InputError(f"{name}: no known layout has the columns {listed}. Rename them to prompt "
+                      "and completion; chosen and rejected; or completions and rewards. "
+                      + nearest_layout(columns))
+
+# %% ../nbs/foundations/04_data.ipynb #d47a0108
+def other_splits(source)->list: # sources by name
+    "The splits beside the one that a source names, as in `folder#train`."
+    if isinstance(source, Dataset): return []
+    name, path, split = _named(source)
+    if not split or not path.is_dir(): return []
+    if _saved_to_disk(path): return _except(split, name, load_from_disk(str(path)))
+    configs, default = _hub_files(path)
+    config, _, split = split.rpartition("/")
+    config = config or next((c for c in filter(None, (default, *configs))
+                             if configs.get(c, {}).get(split)), None)
+    splits = [s for s, files in configs.get(config, {}).items() if files]
+    return _except(split, name, splits, "" if len(configs) == 1 else f"{config}/")
+
+def _except(split, name, splits, config=""):
+    return [f"{name}#{config}{s}" for s in splits if s != split] if split in splits else []
 
 # %% ../nbs/foundations/04_data.ipynb #6cbe1d9e
 EOS, PAD = "<|endoftext|>", "<|padding|>"
