@@ -517,6 +517,8 @@ def test_pairs_and_candidates_are_inverse():
     pairs = candidates_to_pairs(Dataset.from_list([nbest([1., 0., 3.])]))
     rows = load_candidates(pairs_to_candidates(pairs), need=("rewards",))
     assert candidates_to_pairs(rows).to_list() == pairs.to_list()
+    tools = rows.add_column("tools", ["[]"] * len(rows)) # the template needs them for every pair
+    assert candidates_to_pairs(tools)["tools"][:] == ["[]"] * len(pairs)
     assert pairs_to_candidates(Dataset.from_list([PAIR]))[0]["rewards"] == [1., 0.]
 
 

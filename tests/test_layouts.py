@@ -79,6 +79,7 @@ def test_a_bad_answer_is_no_demonstration(good, bad, caplog):
     assert found.to_list() == [{"prompt": "p", "completion": " a"}]
     assert dropped == {"label is false": 2} and "2 of 3 rows dropped" in caplog.text
     assert load_pairs(Dataset.from_list(rows))["rejected"][:] == [" b"]
+    assert load_prompts(Dataset.from_list(rows))["prompt"][:] == ["p", "q"] # also where one label
     assert "label is false: 2" in message(load_demonstrations, Dataset.from_list(rows[1:]))
     texts = Dataset.from_list([{"prompt": "p", "label": " a summary"}]) # TRL's TL;DR
     assert load_demonstrations(texts)["completion"][:] == [" a summary"]

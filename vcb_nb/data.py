@@ -1134,17 +1134,18 @@ def _winner_loser(rewards, mode):
 # %% ../nbs/foundations/04_data.ipynb #76edb21d
 def _row_pairs(batch, mode):
     "The pairs of a batch of candidate rows."
-    pairs = {"prompt": [], "chosen": [], "rejected": [], "margin": []}
-    for prompt, texts, rewards in zip(batch["prompt"], batch["completions"], batch["rewards"]):
+    kept = [c for c in ("prompt", "tools") if c in batch]
+    pairs = {column: [] for column in (*kept, "chosen", "rejected", "margin")}
+    for i, (texts, rewards) in enumerate(zip(batch["completions"], batch["rewards"])):
         for w, l in _winner_loser(rewards, mode):
             if texts[w] == texts[l]: continue
-            row = prompt, texts[w], texts[l], float(rewards[w] - rewards[l])
+            row = *(batch[c][i] for c in kept), texts[w], texts[l], float(rewards[w] - rewards[l])
             for column, value in zip(pairs.values(), row): column.append(value)
     return pairs
 
 def candidates_to_pairs(dataset:Dataset, # prompt, completions, rewards
                         mode:str="all", # 'all', 'best_worst', or 'best_of_rest' (best against each)
-                       )->Dataset: # prompt, chosen, rejected, margin (difference of rewards)
+                       )->Dataset: # prompt, chosen, rejected, margin (difference of rewards), tools
     "Preference pairs in TRL's format. Ties and equal texts give none."
     if mode not in PAIR_MODES:
         raise InputError(f"Unknown mode '{mode}'. {did_you_mean(mode, PAIR_MODES)}")
@@ -1163,6 +1164,7 @@ def pairs_to_candidates(dataset:Dataset, # prompt, chosen, rejected, optionally 
     Two rewards divided by their own σ always differ by √2. To use their values, take n ≥ 3, or
     the σ of the whole dataset."""
     def row(pair):
-        return {"prompt": pair["prompt"], "completions": [pair["chosen"], pair["rejected"]],
+        kept = {c: pair[c] for c in ("prompt", "tools") if c in pair}
+        return {**kept, "completions": [pair["chosen"], pair["rejected"]],
                 "rewards": [float(pair.get("margin", 1)), 0.]}
     return dataset.map(row, remove_columns=dataset.column_names)

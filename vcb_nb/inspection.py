@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/runs/inspection.html.md"""
 __all__ = ['inspect_data', 'convert']
 
 # %% ../nbs/runs/06_inspection.ipynb #1a5ec005
-import html, io, json, logging, statistics
+import html, io, logging, statistics
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
