@@ -1,17 +1,20 @@
 """Architectures as they are published, tiny and with random weights, taken through the stages.
 
 `python tests/matrix.py` writes the table of nbs/models.qmd again."""
-import json, logging, tempfile
+import json, logging, re, tempfile
 from pathlib import Path
 
 import torch
 from tiny_models import make_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.calibrate import CalibrationConfig, calibrate
-from vcb_nb.loading import load_policy
+from vcb_nb.diagnosis import DiagnoseConfig, diagnose
+from vcb_nb.judges import reward_scores
+from vcb_nb.loading import load_policy, load_reward_model, new_reward_model
 from vcb_nb.logprobs import score_logps
+from vcb_nb.measures import calibration_gaps
 from vcb_nb.models import new_config
 from vcb_nb.packing import supports_packing
 from vcb_nb.sample import _refuse_sharing, sample_candidates
@@ -50,11 +53,15 @@ MODELS = {
     "Falcon-H1": ("falcon_h1", dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
                                     mamba_d_state=8)),
     "Mamba": ("mamba", dict(num_attention_heads=None, intermediate_size=None)),
+    "Mamba 2": ("mamba2", dict(num_attention_heads=None, intermediate_size=None, num_heads=4,
+                               head_dim=16, state_size=8, n_groups=1)),
+    "RecurrentGemma": ("recurrent_gemma", dict(lru_width=32, num_hidden_layers=3,
+                                               attention_window_size=8)),
     "MiniMax": ("minimax", {}), "OLMo Hybrid": ("olmo_hybrid", {}),
 }
 QUICK = ["Llama", "Gemma 2", "GPT-2", "Mixtral", "Bloom", "OPT", "Jamba", "LFM2", "Falcon", "Phi-3"]
-STAGES = ("sample", "log-probs", "calibrate", "LoRA")
-PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+STAGES = ("sample", "log-probs", "reward", "calibrate", "LoRA", "diagnose")
+PROMPTS, REWARDS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]], [0., 1., 2.]
 
 
 def build(name, folder):
@@ -80,47 +87,104 @@ def close(ours, want):
     torch.testing.assert_close(torch.as_tensor(ours), want, atol=1e-4, rtol=0, check_dtype=False)
 
 
-def trained(folder, out, ids, logps, peft):
-    "Calibrate a step, save, and compare with plain transformers; 'packed' or 'rows'."
-    rows = [{"prompt": "x", "prompt_ids": p, "completions": [""] * 3, "completion_ids": own,
-             "finish_reasons": ["length"] * 3, "rewards": [0., 1., 2.], "ref_logps": refs}
+def way_of(model)->str: return "packed" if supports_packing(model, 16)[0] else "rows"
+
+
+def candidate_file(path, tokenizer, ids, logps):
+    "The samples as scored candidates."
+    rows = [{"prompt": tokenizer.decode(p), "completions": tokenizer.batch_decode(own),
+             "prompt_ids": p, "completion_ids": own,
+             "finish_reasons": ["length"] * 3, "rewards": REWARDS, "ref_logps": refs}
             for p, own, refs in zip(PROMPTS, ids, logps)]
-    file = Path(str(out) + ".jsonl")
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    calibrate(CalibrationConfig(str(out), model=str(folder), candidates=str(file), eval_share=0,
-                                peft_config=peft, max_steps=1, learning_rate=1e-3, use_cpu=True,
-                                per_device_train_batch_size=3, report_to="none",
-                                save_strategy="no", gradient_accumulation_steps=1))
-    close(score_logps(load_policy(out/"model"), PROMPTS, ids), plain(out/"model", ids))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+class Trial:
+    "One stock model through the stages: each method gives 'packed' or 'rows', or raises."
+    def __init__(self, name, folder):
+        self.folder = Path(folder)
+        self.saved, self.tokenizer = build(name, self.folder/"model")
+
+    def sample(self):
+        self.model = load_policy(self.saved).eval()
+        self.ids, _, logps = sample_candidates(self.model, self.tokenizer, PROMPTS, 3,
+                                               max_new_tokens=5)
+        close(logps, plain(self.saved, self.ids))
+        self.file = candidate_file(self.folder/"candidates.jsonl", self.tokenizer, self.ids,
+                                   logps)
+        return "rows" if _refuse_sharing(self.model) else "packed"
+
+    def log_probs(self):
+        close(score_logps(self.model, PROMPTS, self.ids), plain(self.saved, self.ids))
+        return way_of(self.model)
+
+    def reward(self):
+        "A reward model on the same trunk, saved and loaded: a row has one score."
+        fresh = new_reward_model(str(self.saved), make_tokenizer())
+        path = save_model(fresh, make_tokenizer(), self.folder/"reward")
+        other = AutoModelForSequenceClassification.from_pretrained(path).eval()
+        def score(ids):
+            with torch.no_grad(): return other(torch.tensor([ids])).logits.item()
+        want = [[score(p + own) for own in owns] for p, owns in zip(PROMPTS, self.ids)]
+        ours = load_reward_model(path)
+        close(reward_scores(ours, PROMPTS, self.ids), torch.tensor(want))
+        return way_of(ours)
+
+    def calibrate(self, name="full", peft=None):
+        "A step, saved, and compared with plain transformers."
+        out = self.folder/name
+        calibrate(CalibrationConfig(
+            str(out), model=str(self.saved), candidates=str(self.file), eval_share=0,
+            peft_config=peft, max_steps=1, learning_rate=1e-3, use_cpu=True, report_to="none",
+            per_device_train_batch_size=3, save_strategy="no", gradient_accumulation_steps=1))
+        close(score_logps(load_policy(out/"model"), PROMPTS, self.ids),
+              plain(out/"model", self.ids))
+        return way_of(self.model)
+
+    def lora(self): return self.calibrate("lora", {"r": 2, "target_modules": "all-linear"})
+
+    def diagnose(self):
+        "Gaps of log-ratios as plain transformers gives them."
+        trained = self.folder/"full"/"model"
+        found = diagnose(DiagnoseConfig(policy=str(trained), reference=str(self.saved),
+                                        candidates=str(self.file), n_boot=20, device="cpu",
+                                        output_dir=str(self.folder/"diagnose")))
+        ratios = plain(trained, self.ids) - plain(self.saved, self.ids)
+        units = [torch.tensor(REWARDS).numpy()] * len(PROMPTS) # σ of 0, 1, 2 is 1
+        close(found["points"], torch.tensor(calibration_gaps(units, ratios.numpy())))
+        return way_of(self.model)
 
 
 def cells(name, folder=None):
-    "The outcome of each stage: 'packed', 'rows', or 'refused: ' and why. Nothing else is raised."
-    folder, found = Path(folder or tempfile.mkdtemp()), {}
-    try:
-        saved, tokenizer = build(name, folder/"model")
-        model = load_policy(saved).eval()
-        way = "packed" if supports_packing(model, 16)[0] else "rows"
-        drawn = sample_candidates(model, tokenizer, PROMPTS, 3, max_new_tokens=5)
-        ids, _, logps = drawn
-        close(logps, plain(saved, ids))
-        found["sample"] = "rows" if _refuse_sharing(model) else "packed"
-        close(score_logps(model, PROMPTS, ids), plain(saved, ids))
-        found["log-probs"] = way
-        trained(saved, folder/"full", ids, logps, None)
-        found["calibrate"] = way
-        trained(saved, folder/"lora", ids, logps, {"r": 2, "target_modules": "all-linear"})
-        found["LoRA"] = way
-    except InputError as e:
-        stage = next(s for s in STAGES if s not in found)
-        said = str(e).replace(str(folder/"model"), "the folder").replace("|", "/")
-        found[stage] = "refused: " + said.partition(". ")[0] + "."
-    return {stage: found.get(stage, "–") for stage in STAGES}
+    "The outcome of each stage: 'packed', 'rows', or 'refused: ' and why. No other error passes."
+    folder, found = Path(folder or tempfile.mkdtemp()), dict.fromkeys(STAGES, "–")
+    trial = Trial(name, folder)
+    for stage, method in zip(STAGES, (trial.sample, trial.log_probs, trial.reward,
+                                      trial.calibrate, trial.lora, trial.diagnose)):
+        try: found[stage] = method()
+        except InputError as e:
+            found[stage] = "refused: " + refusal(e, folder/"model", MODELS[name][0])
+            if stage == "sample": break # nothing to go on with
+    return found
+
+
+def refusal(error, folder, architecture)->str:
+    "What an error says, without what differs from model to model."
+    said = str(error).replace(str(folder), "MODEL").replace(architecture, "ARCHITECTURE")
+    return re.sub(r" Incompatible modules: {.*?}\.", "", said)
 
 
 def line(name, found):
     "A row of the page's table."
-    return " | ".join([f"| {name}", f"`{MODELS[name][0]}`", *(found[s] for s in STAGES)]) + " |"
+    words = (found[stage].partition(":")[0] for stage in STAGES)
+    return " | ".join([f"| {name}", f"`{MODELS[name][0]}`", *words]) + " |"
+
+
+def refusals(found)->list:
+    "What the page lists below the table."
+    said = (cell.removeprefix("refused: ") for cell in found.values() if ":" in cell)
+    return [f"- {text}" for text in dict.fromkeys(said)]
 
 
 def write(path=PAGE):
@@ -128,7 +192,10 @@ def write(path=PAGE):
     head, _, _ = path.read_text("utf-8").partition("| model |")
     columns = ["model", "type", *STAGES]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    lines += [line(name, cells(name)) for name in MODELS]
+    found = {name: cells(name) for name in MODELS}
+    lines += [line(name, one) for name, one in found.items()]
+    said = dict.fromkeys(text for one in found.values() for text in refusals(one))
+    lines += ["", "The refusals say, with the names in the places of the capitals:", "", *said]
     path.write_text(head + "\n".join(lines) + "\n", "utf-8")
 
 

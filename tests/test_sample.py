@@ -120,6 +120,52 @@ def replay(model, tokenizer, ids, draws):
     return out
 
 
+def generated_probs(model, tokenizer, ids, sampling):
+    "The oracle: what `generate` draws the next token from, after its own processors and warpers."
+    ids = torch.tensor(ids)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=1,
+                         suppress_tokens=[tokenizer.pad_token_id], output_scores=True,
+                         return_dict_in_generate=True, pad_token_id=tokenizer.pad_token_id,
+                         **sampling)
+    return out.scores[0].double().softmax(-1)
+
+
+def chi_square(counts, probs)->float:
+    "p-value of counts under probabilities; cells that expect fewer than five are one cell."
+    if counts[probs == 0].any(): return 0.
+    expected = probs * counts.sum()
+    small = expected < 5
+    pool = lambda x: torch.cat([x[~small], x[small].sum()[None]])
+    expected, counts = pool(expected), pool(counts)
+    kept = expected >= 5
+    statistic = ((counts - expected)[kept]**2 / expected[kept]).sum()
+    assert kept.sum() > 2 # else there is nothing to test
+    return torch.special.gammaincc((kept.sum() - 1) / 2, statistic / 2).item()
+
+
+@pytest.mark.parametrize("sampling", [dict(top_k=9), dict(top_k=9, temperature=.8),
+                                      dict(top_k=9, temperature=1.5, top_p=.8)], ids=str)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "lfm2"])
+def test_samples_follow_the_distribution_of_generate(tiny_tokenizer, architecture, sampling):
+    "Pairs of first and second tokens of nine each, the prompt computed once or for every sample."
+    extra = dict(full_attn_idxs=[1]) if architecture == "lfm2" else {}
+    model, prompt = tiny(tiny_tokenizer, architecture, **extra), tiny_tokenizer.encode(PROMPTS[1])
+    with torch.no_grad(): model.get_output_embeddings().weight.mul_(3) # odds that differ
+    n, size = 2000, model.config.vocab_size
+    first = generated_probs(model, tiny_tokenizer, [prompt], sampling)[0]
+    second = generated_probs(model, tiny_tokenizer, [[*prompt, v] for v in range(size)], sampling)
+    second[tiny_tokenizer.eos_token_id] = torch.eye(size)[0] # after the end comes nothing
+    (ids,), *_ = sample_candidates(model, tiny_tokenizer, [prompt], n, max_new_tokens=2, seed=1,
+                                   **sampling)
+    drawn = torch.tensor([[*y, 0][:2] for y in ids])
+    counts = torch.zeros(size, size).double()
+    counts.index_put_(tuple(drawn.T), torch.ones(n).double(), accumulate=True)
+    probs = first[:, None] * second
+    assert chi_square(counts.flatten(), probs.flatten()) > 1e-3
+    other = probs**1.5 / (probs**1.5).sum()
+    assert chi_square(counts.flatten(), other.flatten()) < 1e-4 # what a wrong temperature gives
+
+
 # ---- log-probabilities
 
 def whole_pass(model, prompts, ids):

@@ -328,7 +328,7 @@ MUTANTS = [Mutant(*row) for row in [
     ("a trained adapter, switched off, as reference", "calibrate", 'if "lora_B" in name):',
      'if "lora_Z" in name):', "test_calibrate.py -k trained_adapter", 10),
     ("the policy is its own reference", "calibrate",
-     "reference = copy.deepcopy(model) if reference is None",
+     "reference = copy_model(model) if reference is None",
      "reference = model if reference is None", "test_calibrate.py -k stays_frozen", 10),
     ("a late evaluation without a reference", "calibrate",
      '("rewards", "ref_logps")[:1 + (reference == "stored")]', '("rewards",)',

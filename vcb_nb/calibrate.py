@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/stages/calibrate.html.md"""
 __all__ = ['CalibrationConfig', 'CalibrationTrainer', 'calibrate']
 
 # %% ../nbs/stages/06_calibrate.ipynb #40dc2705
-import copy, logging, math, random, time
+import logging, math, random, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -25,7 +25,7 @@ from .logprobs import WAYS, checked_logps, choose_way, lay_out
 from .losses import (LOSSES, calibration_metrics, preference_loss, reward_resolution,
                            reward_sigma, target_gamma)
 from .measures import TWO_CANDIDATES, pad_ragged, pooled_sigma
-from .models import disable_dropout
+from .models import copy_model, disable_dropout
 from .settings import check_choice, check_least, option
 from .tokenizers import filler_id
 from .training import (EvenTrainer, TrainingDefaults, check_share, check_training,
@@ -405,7 +405,7 @@ def live_reference(model, # the policy at step 0, LoRA adapter included
                              "does not give the model that training starts from. Merge it first, "
                              "or pass a reference model.")
         return None
-    reference = copy.deepcopy(model) if reference is None else reference
+    reference = copy_model(model) if reference is None else reference
     return reference.eval().requires_grad_(False)
 
 # %% ../nbs/stages/06_calibrate.ipynb #a0dd86a7

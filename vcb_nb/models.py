@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/models.html.md"""
 __all__ = ['disable_dropout', 'new_policy']
 
 # %% ../nbs/foundations/08_models.ipynb #ba114834
-import inspect
+import copy, inspect
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -29,6 +29,13 @@ def disable_dropout(model:nn.Module)->nn.Module:
     for name, value in model.config.to_dict().items():
         if "drop" in name and isinstance(value, float): setattr(model.config, name, 0.)
     return model
+
+# %% ../nbs/foundations/08_models.ipynb #c0b1e002
+def copy_model(model:nn.Module)->nn.Module:
+    "A copy with weights of its own; what a forward pass left in its modules is cut from its graph."
+    left = [value for module in model.modules() for value in vars(module).values()
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None]
+    return copy.deepcopy(model, {id(value): value.detach() for value in left})
 
 # %% ../nbs/foundations/08_models.ipynb #a01e52a8
 SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,

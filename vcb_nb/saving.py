@@ -8,7 +8,6 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/saving.html.md"""
 __all__ = ['save_model']
 
 # %% ../nbs/foundations/11_saving.ipynb #43fbcc9d
-import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,6 +16,7 @@ from peft import PeftModel
 from .adapters import merge_adapter
 from .artifacts import InputError, atomic_dir, reason
 from .loading import LOAD_ERRORS, mend_generation
+from .models import copy_model
 from .tokenizers import forget_unknown_padding
 
 # %% ../nbs/foundations/11_saving.ipynb #24bc142a
@@ -27,7 +27,7 @@ def save_model(model, # PreTrainedModel or PeftModel; left as it is
               )->Path:
     "Save a model as a folder of safetensors, whole or not at all."
     if isinstance(model, PeftModel):
-        if merge: model = merge_adapter(copy.deepcopy(model))
+        if merge: model = merge_adapter(copy_model(model))
         elif not model.get_base_model().name_or_path:
             raise InputError(f"{path}: the adapter's base was never saved, so the adapter could "
                              "not be loaded. Save and load the base first, or set merge=True.")
