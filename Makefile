@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo real test test-matrix test-faults mutants export outputs docs site-preview clean
+.PHONY: demo real test test-matrix test-real test-faults mutants export outputs docs site-preview clean
 
 demo: $(READY)  ## the whole pipeline on the embedded world, ending in a report
 	@$(BIN)/vcb run demo
@@ -13,6 +13,11 @@ real: $(READY)  ## a pretrained model (SmolLM2-135M), a few prompts and a reward
 	@$(BIN)/pip install --quiet --disable-pip-version-check gguf
 	@$(BIN)/python tools/smollm2.py runs/smollm2
 	@$(BIN)/vcb run recipes/real/recipe.yaml
+
+test-real: $(READY)  ## the page "Your model and your data", and other people's data, with that model
+	@$(BIN)/pip install --quiet --disable-pip-version-check gguf
+	@$(BIN)/python tools/smollm2.py runs/smollm2
+	VCB_REAL=1 $(BIN)/python -m pytest tests/test_real.py tests/test_notebooks.py -k "your_model or scored"
 
 test: $(READY)  ## every test and every notebook, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0

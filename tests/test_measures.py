@@ -119,7 +119,7 @@ def enumerable():
     both log-probabilities."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
     config = GPTNeoXConfig(vocab_size=5, max_position_embeddings=8, hidden_dropout=0,
-                           attention_dropout=0, **TINY)
+                           attention_dropout=0, eos_token_id=0, **TINY)
     torch.manual_seed(0)
     models = [GPTNeoXForCausalLM(config).eval() for _ in range(2)]
     for model in models:

@@ -461,7 +461,7 @@ def neox():
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
     config = GPTNeoXConfig(vocab_size=5, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                            intermediate_size=64, max_position_embeddings=16, hidden_dropout=0,
-                           attention_dropout=0)
+                           attention_dropout=0, eos_token_id=0)
     torch.manual_seed(1)
     models = [GPTNeoXForCausalLM(config).eval().double() for _ in range(2)]
     for model in models:

@@ -184,7 +184,7 @@ def by_prompt(prompt:str, answer:str, score:str): # columns, best first: 'respon
             if asked: yield where, candidate_row(asked, scored)
     return adapt
 
-def asked(row):
+def question(row):
     "A row's prompt, whether or not its answers can be compared."
     name = first_of(row, "prompt|instruction|question")
     return {"prompt": row[name]} if name and row[name] else "no prompt"
@@ -296,7 +296,7 @@ PAIR_LAYOUTS = (
 )
 
 # %% ../nbs/foundations/03_layouts.ipynb #9b3fc2da
-_ASKED = each(asked)
+_QUESTIONS = each(question)
 _LABELS = by_prompt("prompt", "completion", "label")
 _BY_ROW = by_prompt("prompt|instruction|question", ANSWERS, "helpfulness|" + GRADES)
 
@@ -310,13 +310,14 @@ LIST_LAYOUTS = (
     Layout("Nectar", {"prompt": "text", "answers": "[record]"}, {"candidates": each(ranked)},
            "berkeley-nest/Nectar", "candidates; rewards = −rank"),
     Layout("KTO", {"prompt": "text|chat", "completion": "text|chat", "label": "truth|number"},
-           {"candidates": _LABELS, "demonstrations": each(liked), "prompts": _ASKED},
+           {"candidates": _LABELS, "demonstrations": each(liked), "prompts": _QUESTIONS},
            "trl-lib/kto-mix-14k",
            "demonstrations: rows with label true; candidates: rewards 1 and 0"),
     Layout("HelpSteer2", {"prompt|instruction|question": "text|chat",
                           "response|answer|text|completion": "text",
                           "helpfulness|" + GRADES: "number"},
-           {"candidates": _BY_ROW, "prompts": _ASKED}, "nvidia/HelpSteer2", "candidates: one row per response, joined by prompt; "
+           {"candidates": _BY_ROW, "prompts": _QUESTIONS}, "nvidia/HelpSteer2",
+           "candidates: one row per response, joined by prompt; "
            "rewards = helpfulness, or else a score"),
     Layout("oasst trees", {"message_tree_id": "text", "prompt": "record"},
            {"candidates": each(tree)}, "OpenAssistant/oasst1 (trees)",
