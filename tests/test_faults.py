@@ -182,7 +182,8 @@ def test_two_at_once(machine, whole, tmp_path):
     call = machine.start(*run_args(run, "--upto", "sft"))
     assert call.wait_for("sft")
     os.killpg(call.pid, signal.SIGSTOP)
-    alone = ("--data", run/"data"/"files"/"demonstrations.jsonl", "--tokenizer", run/"tokenizer"/"model")
+    alone = ("--data", run/"data"/"files"/"demonstrations.jsonl",
+             "--tokenizer", run/"tokenizer"/"model")
     others = [run_args(run), ("sft", RECIPE, "--output_dir", run),
               ("sft", *alone, "--output_dir", run/"sft")]
     for other in others:
