@@ -20,7 +20,8 @@ test-real: $(READY)  ## the page "Your model and your data", and other people's 
 	VCB_REAL=1 $(BIN)/python -m pytest tests/test_real.py tests/test_notebooks.py -k "your_model or scored"
 
 test: $(READY)  ## every test and every notebook, on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		--max-worker-restart 0
 
 test-matrix: $(READY)  ## every architecture of nbs/models.qmd through the stages (two minutes)
 	VCB_MATRIX=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_matrix.py

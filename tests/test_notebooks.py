@@ -1,31 +1,16 @@
-"""Every notebook runs from top to bottom in an empty folder, with only the built wheel.
+"""The notebooks of stages and runs, from top to bottom in an empty folder, with the built wheel.
 
 The lessons' shared run is made once, by the first notebook that needs it, and copied into the
 folder of the others: what is tested is the notebook, not the making of the same small models
-again."""
-import os, shutil, subprocess, sys
-from pathlib import Path
+again. Lessons and foundations are in test_lessons: two halves, for two workers."""
+import os, shutil
 
 import nbformat, pytest
+from notebooks import NOTEBOOKS, ROOT, run, wheel
 
 from tools.execute import execute, skipped
 
-ROOT = Path(__file__).parent.parent
-NOTEBOOKS = [ROOT/"nbs"/"index.ipynb", *sorted((ROOT/"nbs").glob("[!.]*/[!.]*.ipynb"))]
-
-
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory):
-    "The built wheel, unpacked by pip into a folder of its own."
-    out = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    source = out/"source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(
-        ".git", ".venv", "runs", "build", "dist", "*.egg-info"))
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", out, source], check=True)
-    subprocess.run([*pip, "install", "--no-deps", "--target", out/"site", *out.glob("*.whl")],
-                   check=True)
-    return out/"site"
+HERE = [path for path in NOTEBOOKS if path.parent.name in ("stages", "runs")]
 
 
 @pytest.mark.notebook
@@ -40,16 +25,14 @@ def shared(tmp_path_factory): return tmp_path_factory.mktemp("shared")
 
 
 @pytest.mark.notebook
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", HERE, ids=lambda p: p.stem)
 def test_notebook(path, wheel, shared, tmp_path, monkeypatch):
     if path.stem == "00_your_model":
         if not os.environ.get("VCB_REAL"): pytest.skip("minutes with a real model: make test-real")
         (tmp_path/"runs").mkdir()
         (tmp_path/"runs"/"smollm2").symlink_to(ROOT/"runs"/"smollm2")
     if (shared/"lesson").exists(): shutil.copytree(shared/"lesson", tmp_path/"runs"/"lesson")
-    monkeypatch.setenv("PYTHONPATH", str(wheel))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    execute(path, tmp_path)
+    run(path, wheel, tmp_path, monkeypatch)
     if (tmp_path/"runs"/"lesson").exists():
         shutil.rmtree(shared/"lesson", ignore_errors=True)
         shutil.move(tmp_path/"runs"/"lesson", shared/"lesson")
