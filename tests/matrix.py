@@ -5,7 +5,7 @@ import json, logging, re, tempfile
 from pathlib import Path
 
 import torch
-from tiny_models import make_tokenizer
+from tiny_models import make_tokenizer, plain_logp
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from vcb_nb.artifacts import InputError
@@ -76,11 +76,8 @@ def build(name, folder):
 def plain(folder, ids):
     "log π(y|x) by transformers alone, a candidate at a time."
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    def logp(prompt, own):
-        with torch.no_grad(): logits = model(torch.tensor([prompt + own])).logits[0]
-        logps = logits[len(prompt) - 1:-1].double().log_softmax(-1)
-        return logps.gather(1, torch.tensor(own)[:, None]).sum().item()
-    return torch.tensor([[logp(p, own) for own in owns] for p, owns in zip(PROMPTS, ids)])
+    return torch.tensor([[plain_logp(model, p, own) for own in owns]
+                         for p, owns in zip(PROMPTS, ids)])
 
 
 def close(ours, want):

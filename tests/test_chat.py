@@ -10,7 +10,7 @@ from vcb_nb.artifacts import InputError, write_jsonl
 from vcb_nb.calibrate import CalibrationConfig, calibrate
 from vcb_nb.chat import (chat_completion, chat_prompt_ids, chat_response_ids, check_chat,
                          clean_messages, context, end_of_turn, extract_prompt, first_answer,
-                         is_conversational, turn_tail)
+                         is_messages, turn_tail)
 from vcb_nb.data import (attach_ids, encode_prompt, load_candidates, load_demonstrations,
                          load_pairs, load_prompts, load_rows, load_texts,
                          train_tokenizer)
@@ -49,7 +49,9 @@ def whole_ids(tokenizer, messages, **kwargs):
     {"rejected": [{"from": "human", "value": "Is it far?"}]}], ids=str)
 def test_conversations_are_recognised_as_by_trl(row):
     data_utils = pytest.importorskip("trl.data_utils")
-    assert is_conversational(row) == data_utils.is_conversational(row)
+    columns = ("prompt", "completion", "chosen", "rejected", "messages")
+    ours = any(is_messages(row.get(column)) for column in columns)
+    assert ours == data_utils.is_conversational(row)
 
 
 @pytest.mark.parametrize("chosen, rejected", [

@@ -519,6 +519,8 @@ def test_pairs_and_candidates_are_inverse():
     assert candidates_to_pairs(rows).to_list() == pairs.to_list()
     tools = rows.add_column("tools", ["[]"] * len(rows)) # the template needs them for every pair
     assert candidates_to_pairs(tools)["tools"][:] == ["[]"] * len(pairs)
+    back = pairs_to_candidates(candidates_to_pairs(tools))
+    assert candidates_to_pairs(back).to_list() == candidates_to_pairs(tools).to_list()
     assert pairs_to_candidates(Dataset.from_list([PAIR]))[0]["rewards"] == [1., 0.]
 
 

@@ -372,6 +372,16 @@ def test_a_chat_keeps_system_turns_tools_and_calls(tmp_path):
     assert both[0] == both[1] == load_demonstrations(path).to_list()
 
 
+def test_pairs_keep_their_tools_on_the_way_to_candidates_and_back(tmp_path):
+    "The template needs them for every row; sides of a conversation are messages again."
+    row = {"prompt": [turn(QUESTION)], "chosen": said(GOOD), "rejected": said(BAD), "margin": 2.}
+    rows = [{**row, "tools": [{"type": "function", "function": {"name": "bus"}}]}]
+    path = write_jsonl(tmp_path/"pairs.jsonl", rows)
+    convert(path, tmp_path/"lists.jsonl", "candidates")
+    convert(tmp_path/"lists.jsonl", tmp_path/"back.jsonl", "pairs")
+    assert read_json(tmp_path/"back.jsonl") == rows[0]
+
+
 def test_a_dialogue_of_hh_becomes_turns(tmp_path):
     start = "\n\nHuman: Is it far?\n\nAssistant: An hour.\n\nHuman: On foot?\n\nAssistant:"
     rows = [{"chosen": start + " Yes.", "rejected": start + " No."}]

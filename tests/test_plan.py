@@ -108,6 +108,18 @@ def test_a_named_model_has_its_own_tokenizer(tmp_path):
         recipe(tmp_path, model="mine", tokenizer={})
 
 
+def test_no_model_is_picked_by_the_prompts_that_measure_it(world, pairs, tmp_path):
+    "Without `data` there are no other prompts, so rows of the training are held out or none."
+    sections = partial_recipes(world, pairs)["no data"][0]
+    def trained(**settings):
+        made = plan(recipe(tmp_path, **sections, **settings))
+        return next(job for job in made if job.stage.name == "calibrate")
+    assert trained().config.eval_candidates is None
+    with_data = {**sections, "data": {"world": {"ood": 0}}, "model": sections["model"]}
+    sections = {k: v for k, v in with_data.items() if k != "evaluate"}
+    assert trained().config.eval_candidates == str(tmp_path/"score_validation"/"data")
+
+
 # ---- what can be known is said before anything runs
 
 def late_faults(world, pairs, folder):

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
+from tiny_models import plain_logp
 from transformers import AutoModelForCausalLM
 
 from vcb_nb.artifacts import write_jsonl
@@ -16,12 +16,6 @@ from vcb_nb.recipes import check_recipe
 MODEL = Path(__file__).parents[1]/"runs"/"smollm2"
 if not os.environ.get("VCB_REAL"):
     pytest.skip("minutes with a real model: make test-real", allow_module_level=True)
-
-
-def plain_logp(model, prompt, own):
-    "log π(y|x) by transformers alone."
-    with torch.no_grad(): logits = model(torch.tensor([prompt + own])).logits[0].double()
-    return logits[len(prompt) - 1:-1].log_softmax(-1).gather(1, torch.tensor(own)[:, None]).sum()
 
 
 def test_answers_that_were_scored_elsewhere(shared_data, tmp_path):

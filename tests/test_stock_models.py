@@ -3,7 +3,7 @@ spare row. What is saved is the same model in plain transformers."""
 import json
 
 import pytest, torch
-from tiny_models import make_tokenizer, tiny
+from tiny_models import make_tokenizer, plain_logp, tiny
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           GenerationConfig)
 
@@ -55,11 +55,8 @@ def scored(stock):
 def plain_logps(folder, rows):
     "The oracle: transformers alone, a candidate at a time, no padding."
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    def logp(prompt, ids):
-        with torch.no_grad(): logits = model(torch.tensor([prompt + ids])).logits[0]
-        logps = logits[len(prompt) - 1:-1].double().log_softmax(-1)
-        return logps.gather(1, torch.tensor(ids)[:, None]).sum().item()
-    return [[logp(row["prompt_ids"], ids) for ids in row["completion_ids"]] for row in rows]
+    return [[plain_logp(model, row["prompt_ids"], ids) for ids in row["completion_ids"]]
+            for row in rows]
 
 
 def assert_plain(folder, rows):

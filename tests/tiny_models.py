@@ -44,3 +44,10 @@ def sft_adapter(base, tokenizer, tmp_path):
     "A LoRA adapter that has moved the model, saved without its base."
     model = add_lora(load_policy(base), {"r": 4, "init_lora_weights": False})
     return save_model(model, tokenizer, tmp_path/"sft", merge=False), logits(model)
+
+
+def plain_logp(model, prompt, own)->float:
+    "The oracle: log π(own | prompt) by transformers alone, without padding or a cache."
+    with torch.no_grad(): logits = model(torch.tensor([prompt + own])).logits[0].double()
+    logps = logits[len(prompt) - 1:-1].log_softmax(-1)
+    return logps.gather(1, torch.tensor(own)[:, None]).sum().item()

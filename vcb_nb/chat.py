@@ -20,17 +20,10 @@ from .artifacts import InputError
 log = logging.getLogger(__name__)
 
 # %% ../nbs/foundations/03_chat.ipynb #84ed0dbb
-CHAT_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages")
-
 def is_messages(value)->bool:
-    "Is it a list of messages?"
+    "Is it a list of messages? By TRL's rule: the first one is an object with a role."
     first = value[0] if isinstance(value, list) and value else None
     return isinstance(first, dict) and "role" in first
-
-# %% ../nbs/foundations/03_chat.ipynb #1fa556aa
-def is_conversational(row:dict)->bool:
-    "Does a row contain lists of messages where others have strings? By TRL's rule."
-    return any(is_messages(row.get(column)) for column in CHAT_COLUMNS)
 
 # %% ../nbs/foundations/03_chat.ipynb #8ecbc42c
 def message_fault(messages, name:str)->"str | None":
@@ -202,11 +195,15 @@ def chat_prompt_ids(tokenizer, messages:list, tools=None, # as for `render`
 # %% ../nbs/foundations/03_chat.ipynb #162a8944
 _PROBE = "Yes"
 
+def special_ids(tokenizer)->set:
+    "The ids that a text does not give by chance."
+    marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return marked | set(tokenizer.all_special_ids)
+
 def _after_answer(tokenizer)->tuple: # (ids of the end of turn: one or none, ids behind it)
     whole = render(tokenizer, [*turn("Well?"), *turn(_PROBE, "assistant")])
     ids = text_ids(tokenizer, whole[whole.rfind(_PROBE) + len(_PROBE):])
-    special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    special |= set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     end = next((i for i, token in enumerate(ids) if token in special), None)
     return ([], []) if end is None else (ids[end:end + 1], ids[end + 1:])
 
@@ -335,7 +332,7 @@ def check_chat(tokenizer, prompts, # strings or lists of messages; the first one
     if chat and not template:
         raise InputError(f"{where}: the prompts are lists of messages, and the tokenizer has no "
                          "chat template. Set the tokenizer's chat_template, or give strings.")
-    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    special = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
     if chat or not template or any(text in first for text in special): return
     log.warning("%s: the prompts are plain strings, and the tokenizer is a chat model's, with a "
                 "template. Set apply_chat_template: true, or give lists of messages.", where)

@@ -8,41 +8,18 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/checks.html.md"""
 __all__ = []
 
 # %% ../nbs/foundations/19_checks.ipynb #10c0a004
-import functools, importlib.util, json, shutil
+import functools, json, shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from vcb_nb.artifacts import InputError, reason
+from vcb_nb.artifacts import InputError
 from vcb_nb.loading import (LOAD_ERRORS, adapter_base, as_dtype, check_weights, load_tokenizer,
                             may_run_code, model_folder, read_config)
 from vcb_nb.models import new_config, random_model
 from vcb_nb.settings import is_function
-
-# %% ../nbs/foundations/19_checks.ipynb #10c0a006
-_REPORTERS = {"azure_ml": "azureml", "flyte": "flytekit", "all": None, "none": None}
-_OPTIMIZERS = {"8bit": "bitsandbytes", "paged": "bitsandbytes", "galore": "galore_torch",
-               "apollo": "apollo_torch", "lomo": "lomo_optim", "grokadamw": "grokadamw",
-               "schedule_free": "schedulefree", "apex": "apex", "stable_adamw": "optimi",
-               "torch_4bit": "torchao", "torch_8bit": "torchao"}
-
-def needed_packages(config)->dict: # package → the setting that needs it
-    "The packages that a training's settings call for, beyond the library's own."
-    reporters = {_REPORTERS.get(name, name): f"report_to: {name}" for name in config.report_to}
-    optim = str(getattr(config.optim, "value", config.optim))
-    found = [package for word, package in _OPTIMIZERS.items() if word in optim]
-    needs = {**reporters, **{package: f"optim: {optim}" for package in found[-1:]}}
-    if config.use_liger_kernel: needs["liger_kernel"] = "use_liger_kernel: true"
-    if config.deepspeed: needs["deepspeed"] = "deepspeed"
-    return {package: setting for package, setting in needs.items() if package}
-
-def check_package(package:str, setting:str)->None:
-    "Raise `InputError` unless a package can be imported."
-    either = {"tensorboard": ("tensorboard", "tensorboardX")}.get(package, (package,))
-    if any(map(importlib.util.find_spec, either)): return
-    raise InputError(f"{setting} needs the package {package}, which is not installed. "
-                     "Install it, or change that setting.")
+from vcb_nb.training import check_training
 
 # %% ../nbs/foundations/19_checks.ipynb #10c0a00b
 def check_model(path, # folder or Hub name
@@ -78,14 +55,6 @@ def try_to_build(architecture:str, sizes:dict): # the config
     config = new_config(_AnyTokenizer(), architecture, **sizes)
     with torch.device("meta"): random_model(AutoModelForCausalLM, config)
     return config
-
-def check_schedule(config)->None:
-    "Raise `InputError` unless the settings of the learning-rate schedule can be used."
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.)
-    try: get_scheduler(config.lr_scheduler_type, optimizer, 0, 10, config.lr_scheduler_kwargs)
-    except (TypeError, ValueError) as e:
-        raise InputError(f"lr_scheduler_kwargs {config.lr_scheduler_kwargs} cannot be used with "
-                         f"{config.lr_scheduler_type} ({reason(e)}). Correct them.") from None
 
 def count_weights(config)->int | None:
     "Number of weights of the causal LM that a config describes, if that can be known."
@@ -160,10 +129,8 @@ class Sizes(Ahead):
 class Outlook(Sizes):
     "All that a stage's check may ask."
     def training(self, config, origin)->None: # of transformers
-        "Packages and disk of a stage that trains a model of this shape."
-        for package, setting in needed_packages(config).items():
-            self.attempt(check_package, package, setting)
-        if config.lr_scheduler_kwargs: self.attempt(check_schedule, config)
+        "Settings, packages and disk of a stage that trains a model of this shape."
+        self.attempt(check_training, config)
         weights = origin and count_weights(origin)
         size = weights * as_dtype(getattr(config, "dtype", None)).itemsize if weights else 0
         saves = str(getattr(config.save_strategy, "value", config.save_strategy)) != "no"
@@ -181,7 +148,7 @@ def readable_size(size:float)->str:
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000: return f"{size:.3g} {unit}"
         size /= 1000
-    return f"{size:.3g} TB"
+    return f"{size:,.0f} TB"
 
 def free_space(folder)->int:
     "Free bytes where a folder is, or will be."

@@ -30,7 +30,7 @@ from .artifacts import (MANIFEST, PENDING, InputError, atomic_dir, did_you_mean,
 from .chat import (as_turns, chat_demonstration, chat_pair, chat_prompt_ids,
                          chat_response_ids, check_chat, context, end_of_turn, first_answer,
                          is_blank, is_messages, message_fault, prompt_key, prompt_text,
-                         storable, turn_ends)
+                         storable, turn, turn_ends)
 from .layouts import Layout, find_layout, nearest_layout, shape
 from .losses import reward_resolution
 from .shards import refuse_altered
@@ -1139,7 +1139,9 @@ def _row_pairs(batch, mode):
     for i, (texts, rewards) in enumerate(zip(batch["completions"], batch["rewards"])):
         for w, l in _winner_loser(rewards, mode):
             if texts[w] == texts[l]: continue
-            row = *(batch[c][i] for c in kept), texts[w], texts[l], float(rewards[w] - rewards[l])
+            sides = texts[w], texts[l]
+            if is_messages(batch["prompt"][i]): sides = (turn(side, "assistant") for side in sides)
+            row = *(batch[c][i] for c in kept), *sides, float(rewards[w] - rewards[l])
             for column, value in zip(pairs.values(), row): column.append(value)
     return pairs
 

@@ -22,8 +22,8 @@ from datasets import Dataset
 
 from .artifacts import InputError, atomic_write, did_you_mean, write_jsonl
 from .chat import (as_turns, chat_completion, check_chat, clean_messages, is_blank,
-                         is_messages, prompt_key, prompt_text, read_json_text, storable, turn,
-                         turn_ends)
+                         is_messages, prompt_key, prompt_text, read_json_text, special_ids,
+                         storable, turn, turn_ends)
 from .data import (ASSISTANT, HUMAN, LOADERS, PAIR_MODES, PER_CANDIDATE, Source, attach_ids,
                          candidates_to_pairs, check_stored_ids, counting_dropped, encode_completion,
                          encode_prompt, encode_response, load_candidates, load_demonstrations,
@@ -102,11 +102,6 @@ class Span:
     text: str
     ids: list = field(default_factory=list)
     special: bool = False # one special token, or several
-
-def special_ids(tokenizer)->set:
-    "The ids that a text does not give by chance."
-    marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return marked | set(tokenizer.all_special_ids)
 
 def _decoded(tokenizer, ids, start, stop)->str:
     "What `ids[start:stop]` add to the text before them."
@@ -533,8 +528,7 @@ def _as_lists(pairs, name): # Dataset
     def texts(i, row):
         try: return {**row, **{s: answer_text(row[s]) for s in ("chosen", "rejected")}}
         except InputError as e: raise InputError(f"{name}, pair {i}: {e}") from None
-    lists = pairs_to_candidates(Dataset.from_list([texts(*pair) for pair in enumerate(pairs)]))
-    return lists.add_column("tools", pairs["tools"]) if "tools" in pairs.column_names else lists
+    return pairs_to_candidates(Dataset.from_list([texts(*pair) for pair in enumerate(pairs)]))
 
 # %% ../nbs/runs/06_inspection.ipynb #1a5ec040
 CANDIDATE_COLUMNS = ("prompt", "tools", "completions", "prompt_ids", *PER_CANDIDATE, "reward_mean",
@@ -548,10 +542,7 @@ def to_candidates(source, known, mode): # Dataset
 def to_pairs(source, known, mode): # Dataset
     "TRL's columns: prompt, chosen, rejected, and margin where there are values."
     if known.kind == "pairs": return load_pairs(source)
-    def sides(row): # a conversational prompt has conversational answers
-        if not is_messages(row["prompt"]): return row
-        return {**row, **{s: turn(row[s], "assistant") for s in ("chosen", "rejected")}}
-    return map(sides, candidates_to_pairs(_scored(source, known, "pairs"), mode))
+    return candidates_to_pairs(_scored(source, known, "pairs"), mode)
 
 def to_ultrafeedback(source, known, mode):
     "instruction, and completions as records of response and overall_score."

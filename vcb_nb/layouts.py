@@ -326,7 +326,7 @@ LIST_LAYOUTS = (
                               "role": "text"}, {"candidates": messages_of_trees},
            "OpenAssistant/oasst1", "candidates with chat prompts; rewards = −rank"),
     Layout("n-best list of messages",
-           {"prompt": "text|chat", "completions|responses|generations": "[chat]"},
+           {"prompt": "text|chat", CANDIDATE_TEXTS: "[chat]"},
            {"candidates": each(chat_answers)}, "any", "candidates"),
     Layout("n-best list", {"prompt": "text|chat", "responses|generations": "[text]"},
            {"candidates": each(named_otherwise)}, "any", "candidates"),

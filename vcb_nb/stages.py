@@ -94,6 +94,11 @@ class Files(Inputs):
         made = self.has("sample", "score") and self.held_out_prompts
         return self.run/"score_validation"/"data" if made else None
 
+    @property
+    def to_choose_by(self)->Path | None:
+        "Held-out candidates that may pick a model: not those of the evaluation's own prompts."
+        return self.held_out if self.prepared("prompts_validation.jsonl") else None
+
     def candidates(self, stage:str)->Path | None:
         "The candidates that `sample` or `score` leaves."
         return self.run/stage/"data" if self.has(stage) else self.left_by(stage, "data")
@@ -269,7 +274,7 @@ STAGES = (
     Stage("calibrate", "vcb_nb.calibrate:calibrate", "vcb_nb.calibrate:CalibrationConfig",
           "Train a policy on scored candidates with any loss.",
           lambda at: dict(model=at.policy, candidates=at.candidates("score"),
-                          eval_candidates=at.held_out),
+                          eval_candidates=at.to_choose_by),
           one_job_per_method, foresee="vcb_nb.calibrate:check_calibrate"),
     Stage("evaluate", "vcb_nb.evaluate:evaluate", "vcb_nb.evaluate:EvaluateConfig",
           "Compare policies: rewards, KL, win rates, calibration.", _evaluation,

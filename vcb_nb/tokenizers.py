@@ -7,6 +7,9 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/tokenizers.html.md"""
 # %% auto #0
 __all__ = ['same_tokenizer']
 
+# %% ../nbs/foundations/07_tokenizers.ipynb #7e11aa01
+from .chat import special_ids
+
 # %% ../nbs/foundations/07_tokenizers.ipynb #5b1e7a90
 def end_ids(model, # causal LM or reward model
             tokenizer=None, # its EOS counts too
@@ -89,8 +92,7 @@ def _distinct_pad_id(model, tokenizer, preferred)->int:
     candidates, known = [preferred], rows
     if tokenizer is not None:
         beyond = max(tokenizer.get_vocab().values()) + 1
-        special = set(tokenizer.all_special_ids) | {
-            i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        special = special_ids(tokenizer)
         candidates = [i for i in candidates if i in special or (i is not None and i >= beyond)]
         candidates += [spare_token(tokenizer), beyond]
         known = max(rows, beyond)
