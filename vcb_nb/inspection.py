@@ -184,7 +184,7 @@ def paint(spans:list, brush:Callable, escape=str)->str:
                    for role, group in groupby(spans, lambda span: span.role))
 
 # %% ../nbs/runs/06_inspection.ipynb #1a5ec01c
-EDGE, COLUMNS = 10, 88 # tokens at either end of a stretch; width of the lines
+EDGE, COLUMNS = 10, 66 # tokens at either end of a stretch; width of the lines
 
 def _cells(spans)->list: # (id, mask) as strings
     "Ids and mask, without the middle of long stretches."
