@@ -128,6 +128,7 @@ def late_faults(world, pairs, folder):
     policy, prompts, scored = (str(world[name]) for name in ("policy", "prompts", "scored"))
     ids = write_jsonl(folder/"no_prompt.jsonl", [{"text": "a"}])
     empty = write_jsonl(folder/"empty.jsonl", [])
+    chats = write_jsonl(folder/"chats.jsonl", [{"prompt": [{"role": "user", "content": "a"}]}])
     unscored = write_jsonl(folder/"n_best.jsonl", [{"prompt": "a", "completions": [" b", " c"]}])
     right = dict(model=policy, sample={"prompts": prompts, **SHORT},
                  score={"reward": "bad_inputs:length"}, calibrate=CALIBRATE,
@@ -136,6 +137,12 @@ def late_faults(world, pairs, folder):
     def calibrate(**settings): return {**right, "calibrate": {**CALIBRATE, **settings}}
     return {
         "missing prompts": (last(prompts="nowhere.jsonl"), "sample_validation", "nowhere.jsonl"),
+        "strings for a tokenizer without a template": (
+            {**right, "sample": {**right["sample"], "apply_chat_template": True}}, "sample",
+            "the tokenizer has no chat template"),
+        "messages for a tokenizer without a template": (
+            {**right, "sample": {**right["sample"], "prompts": str(chats)}}, "sample",
+            "the tokenizer has no chat template"),
         "empty prompts": (last(ood_prompts=str(empty)), "evaluate", "empty.jsonl: no rows"),
         "a column is missing": (last(ood_prompts=str(ids)), "evaluate", "no column 'prompt'"),
         "missing judge": (last(gold="nobody/judge/model"), "evaluate", "nobody/judge/model"),

@@ -432,15 +432,18 @@ def _rows_of_part(config, part:int, prompts:list)->range:
     "The indices of a part's prompts."
     return range(len(prompts))[part*config.shard_size:(part + 1)*config.shard_size]
 
-def read_prompts(config, tokenizer)->list: # rows: prompt, perhaps tools
-    "The prompts of a config, as messages where they are to be."
-    rows = load_prompts(config.prompts)
+def asked_prompts(config, tokenizer, rows)->list: # rows: prompt, perhaps tools
+    "Those of the loaded prompts that are sampled, as messages where they are to be."
     rows = rows.select(range(min(config.limit or len(rows), len(rows)))).to_list()
     apply = config.apply_chat_template
     check_chat(tokenizer, (row["prompt"] for row in rows), config.prompts, apply)
     if apply: rows = [as_turns(row) for row in rows]
     return [row if isinstance(row["prompt"], str) else
             {**row, "prompt": clean_messages(row["prompt"])} for row in rows]
+
+def encode_asked(config, tokenizer, asked:list)->tuple: # token ids of each, how many were cut
+    prompts, tools = ([row.get(name) for row in asked] for name in ("prompt", "tools"))
+    return encode_prompts(tokenizer, prompts, config.max_prompt_length, tools)
 
 def _sample_part(config, tokenizer, draw, rows_of, prompt_ids, on_batch, part:int)->list: # rows
     "Draw the samples of a part."
@@ -485,21 +488,23 @@ def check_sample(config:SampleConfig, ahead)->None:
     rows, policy = ahead.data(config.prompts, load_prompts), ahead.model(config.policy)
     if not rows: return
     ahead.samples(len(rows["prompt"][:config.limit]), config)
-    if policy: ahead.attempt(_check_lengths, config, rows["prompt"][:config.limit], ahead)
+    if policy: ahead.attempt(_check_lengths, config, rows, ahead)
 
-def _check_lengths(config, prompts:list, ahead)->None:
-    "Raise `InputError` for the first prompt that does not fit the context."
-    ids, _ = encode_prompts(load_tokenizer(config.policy), prompts, config.max_prompt_length)
-    check_prompts(config, prompts, ids, ahead.context(ahead.origin(config.policy)))
+def _check_lengths(config, rows, ahead)->None:
+    "Raise `InputError` for the first prompt that cannot be written or does not fit the context."
+    tokenizer = load_tokenizer(config.policy)
+    asked = asked_prompts(config, tokenizer, rows)
+    ids, _ = encode_asked(config, tokenizer, asked)
+    check_prompts(config, [row["prompt"] for row in asked], ids,
+                  ahead.context(ahead.origin(config.policy)))
 
 # %% ../nbs/stages/04_sample.ipynb #1e8fe62d
 def sample(config:SampleConfig)->dict: # summary: counts, mean length, shares, tokens_per_second
     "Sample every prompt into `output_dir/data`. Resumes an interrupted run."
     tokenizer = load_tokenizer(config.policy)
-    asked = read_prompts(config, tokenizer)
-    prompts, tools = ([row.get(name) for row in asked] for name in ("prompt", "tools"))
-    context = read_context(config.policy)
-    prompt_ids, truncated = encode_prompts(tokenizer, prompts, config.max_prompt_length, tools)
+    asked = asked_prompts(config, tokenizer, load_prompts(config.prompts))
+    prompts, context = [row["prompt"] for row in asked], read_context(config.policy)
+    prompt_ids, truncated = encode_asked(config, tokenizer, asked)
     check_prompts(config, prompts, prompt_ids, context)
     if truncated: log.warning("%d of %d prompts were cut", truncated, len(prompts))
     speed = {"tokens_per_second": None}
