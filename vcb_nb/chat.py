@@ -249,8 +249,8 @@ def _check_rewriting(tokenizer, prompt, tools, before, shared):
         raise InputError("The chat template writes the earlier turns differently once an answer "
                          f"follows {last_words(prompt)[:40]!r}. Give the tokenizer a template "
                          "that does not change the past.")
-    log.info("The chat template ends the prompt with %r, which the whole conversation has not",
-             before[len(shared):])
+    log.info("The chat template ends the prompt with %r, which the whole conversation does not "
+             "have", before[len(shared):])
 
 # %% ../nbs/foundations/03_chat.ipynb #3030da57
 def chat_response_ids(tokenizer, prompt:list, # messages

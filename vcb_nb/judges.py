@@ -147,7 +147,7 @@ def wanted_columns(function, columns:dict, row:dict)->dict:
     return {p.name: columns[p.name] for p in parameters if p.name in columns}
 
 def check_reward_columns(source, row:dict)->None:
-    "Raise `InputError` if a reward function needs a column that a candidate row has not."
+    "Raise `InputError` if a reward function needs a column that a candidate row lacks."
     function = load_reward(source)
     if reward_form(function) == "columns": wanted_columns(function, reward_columns(row), row)
 
