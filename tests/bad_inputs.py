@@ -684,6 +684,6 @@ COMMAND_LINES = {
     "schedule of a text": (
         ["run", "demo", "--plan", "--reward.lr_scheduler_type", "cosine_with_restarts",
          "--reward.lr_scheduler_kwargs.num_cycles", "x", "--output_dir", "{own}/o"],
-        "reward: lr_scheduler_kwargs", "Correct them"),
+        "reward: lr_scheduler_kwargs cannot be used", "change the setting"),
     "field of a field": (["run", "demo", "--sample.n.m", "3"], "n", "no fields"),
 }

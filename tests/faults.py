@@ -90,6 +90,13 @@ class Call:
             time.sleep(.004)
         return True
 
+    def wait_for_file(self, folder, pattern):
+        "Wait until the call has written such a file; False if it ended before."
+        while not list(folder.glob(pattern)):
+            if not self.runs(): return False
+            time.sleep(.002)
+        return True
+
     def kill(self, signum=signal.SIGKILL):
         "Send a signal to all processes of the call; the exit status."
         os.killpg(self.pid, signum)

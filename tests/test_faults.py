@@ -3,7 +3,7 @@ the run's back.
 
 Everything goes through the real command, see faults.py; `make test-faults` kills each stage twenty
 times instead of once."""
-import errno, json, os, shlex, shutil, signal, time
+import errno, json, os, shlex, shutil, signal
 
 import pytest
 
@@ -71,8 +71,7 @@ def test_a_signal_ends_a_run_with_the_command_that_goes_on(machine, whole, tmp_p
                                                            status):
     run = tmp_path/"a run" # a space: the command must be quoted
     call = machine.start(*run_args(run, "--upto", "sft"))
-    assert call.wait_for("sft")
-    time.sleep(whole[1]["sft"] / 2)
+    assert call.wait_for_file(run, "sft/checkpoints/checkpoint-10")
     assert call.kill(signum) == status
     said = sentence(call.said())
     assert said.startswith(f"vcb: stopped by {signal.Signals(signum).name} in sft. To resume")
@@ -89,7 +88,7 @@ def sample_alone(whole, folder):
 
 def test_a_signal_ends_a_stage_alone(machine, whole, tmp_path):
     call = machine.start(*sample_alone(whole[0], tmp_path/"s"))
-    while not list((tmp_path/"s").glob("data/part-*")): time.sleep(.002)
+    assert call.wait_for_file(tmp_path/"s", "data/part-*")
     assert call.kill(signal.SIGTERM) == 143
     said = sentence(call.said())
     assert "SIGTERM in s. To resume" in said and said.endswith(f"--output_dir {tmp_path}/s")

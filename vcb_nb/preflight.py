@@ -56,14 +56,18 @@ def _make_reporters(args):
     for name in args.report_to: INTEGRATION_TO_CALLBACK[name]()
 
 def _make_optimizer(args):
-    "The optimizer and its schedule, for a layer."
+    "The optimizer, for a layer."
     layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
     try: kind, options = Trainer.get_optimizer_cls_and_kwargs(args, layer)
     except ValueError as e:
         if "No target modules" in str(e): return # those of the real model
         raise
-    optimizer = kind(**{"params": layer.parameters(), **options})
-    get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, args.lr_scheduler_kwargs)
+    kind(**{"params": layer.parameters(), **options})
+
+def _make_schedule(args):
+    "Without warm-up, so that its first value is one of the schedule itself."
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.)
+    get_scheduler(args.lr_scheduler_type, optimizer, 0, 10, args.lr_scheduler_kwargs)
 
 def _make_loader(args):
     torch.utils.data.DataLoader([0], num_workers=args.dataloader_num_workers,
@@ -73,14 +77,15 @@ def _make_loader(args):
 def _make_liger(args):
     if args.use_liger_kernel: importlib.metadata.version("liger-kernel")
 
-_MADE = {"report_to": _make_reporters, "optim, or its schedule,": _make_optimizer,
-         "The workers of the data loader": _make_loader, "use_liger_kernel": _make_liger}
+_MADE = {"report_to": _make_reporters, "optim": _make_optimizer,
+         "lr_scheduler_kwargs": _make_schedule, "use_liger_kernel": _make_liger,
+         "The workers of the data loader": _make_loader}
 
 # %% ../nbs/foundations/16_preflight.ipynb #b8e2000d
 def check_packages(args:TrainingArguments)->None:
     "Raise `InputError` where a setting needs a package, a device or a network that is absent."
     for name, make in _MADE.items():
-        if make is _make_optimizer and args.deepspeed: continue # it brings its own
+        if args.deepspeed and make in (_make_optimizer, _make_schedule): continue # has its own
         try: make(args)
         except (ImportError, RuntimeError, ValueError, TypeError, KeyError) as e:
             raise InputError(f"{name} cannot be used: {_why(e)}. Install what is missing, or "
