@@ -100,16 +100,7 @@ def test_splits(tmp_path):
     assert "dev" in message(load_prompts, f"{tmp_path/'files'}#dev")
 
 
-def test_hub_names_are_told_from_paths(tmp_path, monkeypatch):
-    "owner/name/folder:config#split reaches `load_dataset`; a path that is absent does not."
-    calls = []
-    def load(*args, **settings):
-        calls.append((args, settings))
-        return Dataset.from_list([PAIR])
-    monkeypatch.setattr(data, "load_dataset", load)
-    load_rows("Anthropic/hh-rlhf/helpful-base#test"), load_rows("abisee/cnn_dailymail:3.0.0")
-    assert calls == [(("Anthropic/hh-rlhf", None), {"split": "test", "data_dir": "helpful-base"}),
-                     (("abisee/cnn_dailymail", "3.0.0"), {"split": "train", "data_dir": None})]
+def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path):
     write(tmp_path/"pairs.jsonl", PAIR)
     assert "Did you mean 'pairs.jsonl'?" in message(load_rows, tmp_path/"pair.jsonl")
 

@@ -135,6 +135,10 @@ MUTANTS = [Mutant(*row) for row in [
      "> max_length\n    return (ids[:max_length - 1] + [eos], True) if cut else (ids, finished)\n\n"
      "def encode_completion(",
      "test_data.py test_sft.py -k cut_and_blank or eos", 21),
+    ("a streamed part starts at 0", "data", "stream = stream.skip(part.start or 0)",
+     "stream = stream.skip(0)", "test_hub.py -k test_parts", 0),
+    ("a part of files is the whole", "data", "return islice(rows, part.start, part.stop)",
+     "return rows", "test_hub.py -k no_further", 0),
     ("every prompt draws alike", "sample", "PCG64([seed, row, j])", "PCG64([seed, j])",
      "test_sample.py -k distinct", 26),
     ("every sample draws alike", "sample", "PCG64([seed, row, j])", "PCG64([seed, row])",

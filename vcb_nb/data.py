@@ -15,7 +15,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import combinations, islice
+from itertools import chain, combinations, islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -228,9 +228,10 @@ def _table_rows(path):
 
 _READERS = {"txt": _text_rows, "csv": _table_rows, "tsv": _table_rows}
 
-def _file_rows(paths):
-    "Yield (place, row) of all files in turn."
-    for path in paths: yield from _READERS.get(_kind(path), _json_rows)(path)
+def _file_rows(paths, part=slice(None)):
+    "Yield (place, row) of all files in turn, or of a part of their rows."
+    rows = chain.from_iterable(_READERS.get(_kind(path), _json_rows)(path) for path in paths)
+    return islice(rows, part.start, part.stop)
 
 # %% ../nbs/foundations/04_data.ipynb #5588c1c2
 IN_MEMORY = 32 << 20  # bytes on disk; larger sources go through a memory-mapped Arrow cache
@@ -275,11 +276,12 @@ class _Rows:
         self._kept = None
 
     @classmethod
-    def of(cls, paths):
+    def of(cls, paths, part=slice(None)):
         "The rows of files. A changed file must not be served from the cache of the old one."
         stats = [Path(p).stat() for p in paths]
         stamp = tuple((str(p), s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats))
-        make = partial(_file_rows, tuple(map(str, paths)))
+        make = partial(_file_rows, tuple(map(str, paths)), part)
+        stamp += (part.start, part.stop),
         return cls(make, sum(s.st_size for s in stats), stamp, tuple(paths))
 
     @property
@@ -419,6 +421,28 @@ def _folder_files(folder, split):
     named = f" named '{split}...'" if split else ""
     raise InputError(f"{folder}: no {_ENDINGS} file{named}. Give another folder.")
 
+# %% ../nbs/foundations/04_data.ipynb #560d64cc
+_ALL = slice(None)
+
+def _rows_named(source, rows:str)->slice:
+    "The part `first:end]` of a source, counted from 0."
+    found = re.fullmatch(r"(\d*):(\d*)\]", rows)
+    part = found and slice(*(int(number) if number else None for number in found.groups()))
+    if not part or part.stop is not None and part.stop <= (part.start or 0):
+        raise InputError(f"'{source}' names no rows. Name them by their numbers, as in "
+                         "'#train[:1000]' or '#[1000:1200]'.")
+    return part
+
+def _part(dataset, part)->Dataset: return dataset.select(range(*part.indices(len(dataset))))
+
+def _taken(stream, part)->Dataset:
+    "Those rows of an `IterableDataset`, in memory; no more of it is read."
+    stream = stream.skip(part.start or 0)
+    if part.stop is not None: stream = stream.take(part.stop - (part.start or 0))
+    tables = list(stream.with_format("arrow").iter(batch_size=1000))
+    if not tables: return Dataset.from_list([])
+    return Dataset(pa.concat_tables(tables, promote_options="permissive"))
+
 # %% ../nbs/foundations/04_data.ipynb #2abed98a
 @contextmanager
 def _cached(name):
@@ -432,20 +456,23 @@ def _cached(name):
                          f"cannot be written ({e.strerror}: {e.filename}). Set HF_DATASETS_CACHE "
                          "to a folder that can be.") from None
 
-def _from_hub(name, split):
-    "A dataset on the Hub, named `owner/name[/folder][:config]`."
-    if _kind(name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)*(:[\w.-]+)?", name):
+_HUB_NAME = r"([\w.-]+(?:/[\w.-]+)*)(?:@([\w./-]+))?(?::([\w.-]+))?"
+
+def _from_hub(name, split, part=_ALL):
+    "A dataset on the Hub, named `owner/name[/folder][@revision][:config]`; a part is streamed."
+    if _kind(name) or not re.fullmatch(_HUB_NAME, name):
         folder = Path(name).parent
         beside = [p.name for p in folder.iterdir()] if folder.is_dir() else []
         hint = did_you_mean(Path(name).name, beside) if beside else "Correct the path."
         raise InputError(f"{name} does not exist. {hint}")
-    path, _, config = name.partition(":")
+    path, revision, config = re.fullmatch(_HUB_NAME, name).groups()
     first, _, split = split.rpartition("/") # `name#config/split`, as for folders
-    parts = path.split("/")
+    owner, folder = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
+    settings = dict(split=split or "train", data_dir=folder or None, revision=revision)
     try:
         with _cached(name):
-            return load_dataset("/".join(parts[:2]), config or first or None,
-                                split=split or "train", data_dir="/".join(parts[2:]) or None)
+            load = partial(load_dataset, owner, config or first or None, **settings)
+            return load() if part == _ALL else _taken(load(streaming=True), part)
     except InputError: raise
     except Exception as e:  # the Hub's client raises dozens of kinds
         reason = next(iter(str(e).splitlines()), "")
@@ -470,17 +497,20 @@ def _arrow_table(path):
     try: return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     except pa.ArrowInvalid: return feather.read_table(str(path), memory_map=True)
 
-def _tables(name, paths):
-    "The `Dataset` in Parquet, Arrow or Feather files."
+def _tables(name, paths, part=_ALL):
+    "The `Dataset` in Parquet, Arrow or Feather files; a part of large ones is streamed."
     try:
         if _kind(paths[0]) != "parquet" or sum(p.stat().st_size for p in paths) <= IN_MEMORY:
             read = pa.parquet.read_table if _kind(paths[0]) == "parquet" else _arrow_table
-            return Dataset(pa.concat_tables(map(read, paths), promote_options="permissive"))
+            tables = pa.concat_tables(map(read, paths), promote_options="permissive")
+            return _part(Dataset(tables), part)
         schema = pa.unify_schemas([pa.parquet.read_schema(p) for p in paths],
                                   promote_options="permissive")
+        settings = dict(data_files=list(map(str, paths)), split="train",
+                        features=Features.from_arrow_schema(schema))
         with _cached(name):
-            return load_dataset("parquet", data_files=list(map(str, paths)), split="train",
-                                features=Features.from_arrow_schema(schema))
+            load = partial(load_dataset, "parquet", **settings)
+            return load() if part == _ALL else _taken(load(streaming=True), part)
     except InputError: raise
     except (DatasetGenerationError, pa.ArrowException, OSError, ValueError, TypeError) as e:
         kind = _kind(paths[0]).capitalize()
@@ -488,11 +518,13 @@ def _tables(name, paths):
                          "Download or write it again.") from None
 
 # %% ../nbs/foundations/04_data.ipynb #262c1a9d
-def _named(source)->tuple: # (name for messages, path, split)
+def _named(source)->tuple: # (name for messages, path, split, part of its rows)
     "A source taken apart; a file may have `#` in its name."
     name, _, split = str(source).partition("#")
     if Path(str(source)).expanduser().exists(): name, split = str(source), ""
-    return name, Path(name).expanduser(), split
+    split, bracket, rows = split.partition("[")
+    part = _rows_named(source, rows) if bracket else _ALL
+    return name, Path(name).expanduser(), split, part
 
 def _saved_to_disk(path)->bool:
     return path.is_dir() and any((path/f).exists() for f in ("state.json", "dataset_dict.json"))
@@ -501,16 +533,17 @@ def _saved_to_disk(path)->bool:
 def _locate(source):
     "(name for messages, `Dataset` or `_Rows`) of whatever `source` names."
     if isinstance(source, Dataset): return "the dataset", source
-    name, path, split = _named(source)
+    name, path, split, part = _named(source)
     if not path.exists():
         refuse_unfinished(path)
-        return name, _from_hub(name, split)
-    if _saved_to_disk(path): return name, _from_disk(path, split)
+        return name, _from_hub(name, split, part)
+    if _saved_to_disk(path): return name, _part(_from_disk(path, split), part)
     if path.is_file() and not _kind(path):
         raise InputError(f"{path}: unknown kind of file. Use {_ENDINGS}; all but Parquet, Arrow "
                          "and Feather may be compressed (.gz, .zst, .bz2, .xz).")
     files = _folder_files(path, split) if path.is_dir() else [path]
-    return name, _tables(name, files) if _kind(files[0]) in _BINARY else _Rows.of(files)
+    if _kind(files[0]) in _BINARY: return name, _tables(name, files, part)
+    return name, _Rows.of(files, part)
 
 def _columns(place):
     "(place of the first row, {column: what is in it})."
@@ -553,7 +586,8 @@ def load_rows(source, # file, folder, Hub name (with `#split` if it has several)
              )->Dataset: # with the columns that any row has
     """Read rows as they are from .jsonl, .json, .csv, .tsv or .txt files (compressed or not),
     Parquet, Arrow, Feather, a folder of them, a `save_to_disk` folder, a local copy of a Hub
-    repository, or the Hub (`owner/name[/folder][:config]`).
+    repository, or the Hub (`owner/name[/folder][@revision][:config]`). `#split[:1000]` names the
+    first thousand rows: files are read no further, and the Hub's are streamed.
 
     Raises `InputError` with file and line for broken JSON, a byte that is not UTF-8, a missing
     column (naming the closest there is), a value of the wrong type, no rows, or a missing shard."""
@@ -875,7 +909,7 @@ class Source:
 def source_files(source)->tuple: # paths
     "The files that are read; none of a `Dataset`, a `save_to_disk` folder, or a name on the Hub."
     if isinstance(source, Dataset): return ()
-    path, split = _named(source)[1:]
+    path, split = _named(source)[1:3]
     if path.is_file(): return (path,)
     if not path.is_dir() or _saved_to_disk(path): return ()
     return tuple(_folder_files(path, split))
@@ -908,7 +942,7 @@ def _unknown_columns(name, columns):
 def other_splits(source)->list: # sources by name
     "The splits beside the one that a source names, as in `folder#train`."
     if isinstance(source, Dataset): return []
-    name, path, split = _named(source)
+    name, path, split, _ = _named(source)
     if not split or not path.is_dir(): return []
     if _saved_to_disk(path): return _except(split, name, load_from_disk(str(path)))
     configs, default = _hub_files(path)

@@ -1,0 +1,86 @@
+"""A server on this machine in the Hub's own layout, for clients that are real.
+
+It serves the folders below `root`, `datasets/owner/name` and `models/owner/name`, each with its one
+commit under the names `main` and `v1`, and notes which files were asked for."""
+import hashlib, json, threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote
+
+COMMIT = "1" * 40
+
+
+def _entry(repo, path):
+    name = path.relative_to(repo).as_posix()
+    if path.is_dir(): return dict(type="directory", path=name, oid=COMMIT)
+    oid = hashlib.sha1(path.read_bytes()).hexdigest()
+    return dict(type="file", path=name, size=path.stat().st_size, oid=oid)
+
+
+class _Hub(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def log_message(self, *_): pass
+
+    def _send(self, body=b"", status=200, **headers):
+        self.send_response(status)
+        self.send_header("Content-Length", headers.pop("length", len(body)))
+        for name, value in headers.items(): self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD": self.wfile.write(body)
+
+    def _json(self, value): self._send(json.dumps(value).encode(), Content_Type="application/json")
+
+    def _missing(self, code="EntryNotFound"): self._send(status=404, X_Error_Code=code)
+
+    def _answer(self):
+        words = unquote(self.path.partition("?")[0]).strip("/").split("/")
+        api = words[0] == "api"
+        if api: words = words[1:]
+        if not api and words[0] != "datasets": words = ["models", *words]
+        repo, rest = self.server.root.joinpath(*words[:3]), words[3:]
+        if not repo.is_dir() or len(words) < 3: return self._missing("RepoNotFound")
+        named = rest[1] if len(rest) > 1 else "main"
+        if named not in ("main", "v1", COMMIT): return self._missing("RevisionNotFound")
+        (self._about if api else self._file)(repo, rest)
+
+    def _about(self, repo, rest):
+        "What a repository is, its tree below a folder, or some of its paths."
+        kind, below = (rest + ["revision"])[0], repo.joinpath(*rest[2:])
+        inside = lambda folder, names: [_entry(repo, path) for path in sorted(folder.glob(names))]
+        if kind == "revision":
+            files = [dict(rfilename=e["path"]) for e in inside(repo, "**/*") if e["type"] == "file"]
+            return self._json(dict(id="/".join(repo.parts[-2:]), sha=COMMIT, private=False, tags=[],
+                                   siblings=files))
+        if kind == "tree":
+            deep = "recursive=true" in self.path.lower()
+            if not below.is_dir(): return self._missing()
+            return self._json(inside(below, "**/*" if deep else "*"))
+        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+        self._json([_entry(repo, repo/path) for path in asked if path and (repo/path).exists()])
+
+    def _file(self, repo, rest):
+        "A file, or the range of its bytes that is asked for."
+        path = repo.joinpath(*rest[2:])
+        if not path.is_file(): return self._missing()
+        body, status, more = path.read_bytes(), 200, {}
+        if self.command == "GET": self.server.asked.append(path.relative_to(repo).as_posix())
+        if wanted := self.headers.get("Range"):
+            first, _, last = wanted.partition("=")[2].partition("-")
+            end, size = min(int(last or len(body)) + 1, len(body)), len(body)
+            body, status = body[int(first):end], 206
+            more = dict(Content_Range=f"bytes {first}-{end - 1}/{size}")
+        etag = hashlib.sha1(path.read_bytes()).hexdigest()
+        self._send(body, status, ETag=f'"{etag}"', X_Repo_Commit=COMMIT, **more)
+
+    do_GET = do_HEAD = do_POST = _answer
+
+
+@contextmanager
+def hub(root):
+    "The server; `asked` lists the files that were read, `url` is what HF_ENDPOINT must be."
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    server.root, server.asked = root, []
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield server
+    finally: server.shutdown(), server.server_close()
