@@ -267,7 +267,9 @@ def _run_stage(name:str, args:list)->None:
     own, settings = _read_stage(stage, args)
     if own.help or getattr(own, "help_all", False):
         return print(stage_parser(stage, not own.help).format_help())
-    if len(own.words) > 1: raise InputError(f"vcb {name} takes one recipe, or none.")
+    if len(own.words) > 1:
+        tool = did_you_mean(own.words[0], DATA_TOOLS) if name == "data" else ""
+        raise InputError(f"vcb {name} takes one recipe, or none. {tool}".strip())
     with _trust(own):
         if own.words: return _stage_of_recipe(stage, own.words[0], settings, own.redo)
         return _stage_alone(stage, settings, own.redo)
