@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import HfArgumentParser, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError, did_you_mean
 from vcb_nb.logprobs import score_logps
 from vcb_nb.loading import as_dtype
@@ -50,6 +51,7 @@ class Settings:
     dtype: str = option("float32", "Precision; bfloat16 is autocast over fp32 weights.")
     device: str = option("cpu", "'cpu' or 'cuda'.")
     checkpointing: bool = option(False, "Gradient checkpointing, for every way.")
+    lora: int = option(0, "Rank of LoRA on all linear layers, for every way; 0: all weights.")
     rounds: int = option(7, "Rounds; in each, every way runs once.")
     ways: list[str] | None = option(None, "Which ways to measure; all if not given.")
     malloc: Literal["default", "tuned", "both"] = option(
@@ -125,8 +127,10 @@ def make_model(s:Settings, tokenizer):
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
     sizes = dict(zip(names, (s.layers, s.hidden, s.heads)))
     sizes["max_position_embeddings"] = max(1024, s.prompt + max(s.lengths()))
-    model = new_policy(tokenizer, arch, vocab_size=s.vocab, **sizes).to(s.device).train()
+    with torch.device(s.device): model = new_policy(tokenizer, arch, vocab_size=s.vocab, **sizes)
+    model = model.to(s.device).train()
     if as_dtype(s.dtype) is not torch.bfloat16: model.to(as_dtype(s.dtype))
+    if s.lora: model = add_lora(model, {"r": s.lora, "lora_alpha": 2 * s.lora})
     if s.checkpointing: model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
@@ -239,7 +243,7 @@ def machine(s:Settings)->str:
 def setting(bench:str, s:Settings)->dict:
     "What a figure was measured with."
     names = ("arch", "layers", "hidden", "vocab", "n", "prompts", "prompt", "response", "dtype",
-             "device", "checkpointing", "rounds")
+             "device", "checkpointing", "lora", "rounds")
     found = {name: version(name) for name in ("torch", "transformers", "trl")}
     return {"bench": bench, **{name: getattr(s, name) for name in names},
             "threads": torch.get_num_threads(), "malloc": current_malloc(), **found,

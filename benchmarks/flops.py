@@ -1,15 +1,17 @@
-"The floating-point operations that a calibration step cannot do without."
+"The floating-point operations and the memory that a calibration step cannot do without."
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from vcb_nb.batches import unwrap
 
 
-def trunk_weights(model)->int:
+def trunk_weights(model, trained:bool=False, # only those that get a gradient
+                 )->int:
     "Weights that multiply every token: all linear layers but the vocabulary head."
     head = unwrap(model).get_output_embeddings()
-    return sum(m.weight.numel() for m in model.modules()
-               if isinstance(m, (nn.Linear, Conv1D)) and m is not head)
+    weights = [m.weight for m in model.modules()
+               if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+    return sum(w.numel() for w in weights if w.requires_grad or not trained)
 
 
 def attended(prompt:int, # tokens
@@ -34,7 +36,8 @@ def needed_flops(model, prompt_ids:list, completion_ids:list,
         forward = 2·W·U + 4·L·a·A + 2·N·V·d       (forward + backward = 3 · forward)
 
     so 6·W·U for the trunk, 12·L·a·A for attention (2 products forward, 4 backward) and three
-    products of the head. Embedding look-ups, norms, softmax and recomputation count nothing.
+    products of the head. A frozen weight (LoRA) has no gradient of its own: two products instead
+    of three. Embedding look-ups, norms, softmax and recomputation count nothing.
     """
     config, head = unwrap(model).config, unwrap(model).get_output_embeddings()
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or
@@ -42,7 +45,20 @@ def needed_flops(model, prompt_ids:list, completion_ids:list,
     fed = [[len(c) - (not whole) for c in cs] for cs in completion_ids]
     tokens = sum(map(len, prompt_ids)) + sum(map(sum, fed))
     pairs = sum(attended(len(p), own, dense) for p, own in zip(prompt_ids, fed))
-    forward = 2 * trunk_weights(model) * tokens + 4 * config.num_hidden_layers * width * pairs
-    if head is not None:
-        forward += 2 * sum(len(c) for cs in completion_ids for c in cs) * head.weight.numel()
-    return forward * (3 if backward else 1)
+    trunk = 2 * trunk_weights(model) * tokens
+    attention = 4 * config.num_hidden_layers * width * pairs
+    answers = sum(len(c) for cs in completion_ids for c in cs)
+    last = 0 if head is None else 2 * answers * head.weight.numel()
+    if not backward: return trunk + attention + last
+    own = 2 * trunk_weights(model, trained=True) * tokens # the weights' gradients
+    if head is not None and head.weight.requires_grad: own += last
+    return 2 * trunk + 3 * attention + 2 * last + own
+
+
+def expected_memory(model, tokens:int, # fed in a step
+                    checkpointing:bool=False)->int: # bytes
+    """What a step in bf16 over fp32 weights takes on a GPU, on paper: the gradients, and 36 bytes
+    for each token, layer and hidden unit, or 2 where checkpoints keep a layer's input only."""
+    config, trained = unwrap(model).config, [p for p in model.parameters() if p.requires_grad]
+    units = tokens * config.num_hidden_layers * config.hidden_size
+    return 4 * sum(p.numel() for p in trained) + (2 if checkpointing else 36) * units

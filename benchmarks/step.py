@@ -11,7 +11,7 @@ from vcb_nb.loading import as_dtype
 
 from .common import (EOS, World, alternate, best_rate, emit, make_world, matmul_calls,
                      peak_growth, records, run)
-from .flops import needed_flops
+from .flops import expected_memory, needed_flops
 
 WAYS = ("trl", "naive", "rows", "shared")
 
@@ -128,8 +128,10 @@ def measure_calls(bench:str, world:World, calls:dict)->list:
         peaks[way] = peak_growth(call, s)
         world.free()
     needed = needed_flops(world.model, world.prompt_ids, world.completion_ids)
+    expected = expected_memory(world.model, tokens, s.checkpointing) / 1e6
     return records(bench, s, {way: times[way] for way in calls}, flops=needed,
-                   rate=best_rate(times, flops), peaks=peaks)
+                   rate=best_rate(times, flops), peaks=peaks,
+                   **({"expected_mb": expected} if s.device.startswith("cuda") else {}))
 
 
 def measure(s):

@@ -1,13 +1,16 @@
 "The benchmarks compare like with like: the same tokens, the same loss, a count that is right."
-import json, statistics
+import json, os, statistics, subprocess, sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import common, memory, plot, sampling, scaling, scoring, step, tables
+from benchmarks import attention, common, memory, plot, sampling, scaling, scoring, step, tables
 from benchmarks.flops import needed_flops
+from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError
 from vcb_nb.logprobs import candidate_logps
 from vcb_nb.models import new_policy
@@ -118,10 +121,13 @@ def test_twins_share_weights_and_nothing_else(world):
     assert all(x is y for x, y in zip(a.parameters(), b.parameters()))
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
 @pytest.mark.parametrize("arch", ["gpt2", "gpt_neox", "llama", "qwen3"])
-def test_the_needed_operations_are_those_of_a_profile(arch, tiny_tokenizer):
+def test_the_needed_operations_are_those_of_a_profile(arch, lora, tiny_tokenizer):
     "Oracle: torch counts exactly what the formula says, where hidden pairs are counted too."
-    model = new_policy(tiny_tokenizer, arch, hidden_size=64, num_hidden_layers=2).train()
+    model = new_policy(tiny_tokenizer, arch, hidden_size=64, num_hidden_layers=2)
+    model.enable_input_require_grads() # else LoRA's first layer saves a product
+    model = add_lora(model, lora).train()
     prompts, responses = [[5, 6, 7, 8], [9] * 6], [[[4, 5, 0], [7, 0]], [[3] * 5, [6, 6, 0]]]
     in_place = {torch.ops.aten.addmm_: # torch leaves it out
                 lambda total, left, right, **_: 2 * left[0] * left[1] * right[1]}
@@ -131,6 +137,45 @@ def test_the_needed_operations_are_those_of_a_profile(arch, tiny_tokenizer):
     needed = needed_flops(model, prompts, responses, dense=True)
     assert counter.get_total_flops() == needed
     assert needed_flops(model, prompts, responses) < needed
+
+
+# --- attention alone ------------------------------------------------------------------------------
+
+@pytest.fixture
+def packed():
+    "A layout of two prompts with uneven responses, and its query, key and value in float64."
+    s = common.Settings(**{**TINY, "n": 4, "prompts": 2, "response": "1-5", "dtype": "float64"})
+    layout = attention.make_layout(s)
+    return layout, [x.detach() for x in attention.make_inputs(s, layout.input_ids.shape[1])]
+
+
+def test_flex_attention_is_the_librarys(packed):
+    layout, inputs = packed
+    found, wanted = attention.flex(layout)(*inputs), attention.pieces(layout, *inputs)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+
+
+def test_sequences_of_flash_attention_are_the_librarys(packed):
+    "Flash attention needs a GPU; here each sequence goes through SDPA, aligned at its end."
+    layout, (query, key, value) = packed
+    (places, *ends), found = attention.sequences(layout), []
+    for (q, q_end), (k, k_end) in zip(*(zip(end, end[1:]) for end in ends)):
+        keys, values = (x[:, :, places[k:k_end]] for x in (key, value))
+        sees = torch.ones(q_end - q, k_end - k, dtype=torch.bool).tril(k_end - k - q_end + q)
+        found.append(F.scaled_dot_product_attention(query[:, :, q:q_end], keys, values, sees))
+    wanted = attention.pieces(layout, query, key, value).transpose(1, 2)
+    torch.testing.assert_close(torch.cat(found, 2), wanted, atol=1e-12, rtol=0)
+
+
+def test_the_script_for_gpus_runs(tmp_path):
+    "At toy sizes on this machine: every part succeeds and leaves its lines."
+    root = Path(common.__file__).parent.parent
+    env = {**os.environ, "DEVICE": "cpu", "PYTHON": sys.executable, "PARTS": "attention",
+           "PYTHONPATH": str(root)}
+    done = subprocess.run(["bash", "benchmarks/gpu.sh", tmp_path], cwd=root, env=env, text=True,
+                          capture_output=True)
+    assert done.returncode == 0 and "0 of the parts failed" in done.stdout, done.stdout
+    assert json.loads((tmp_path/"attention.jsonl").read_text().splitlines()[0])["way"] == "pieces"
 
 
 # --- clock and memory -----------------------------------------------------------------------------
