@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import attention, common, memory, plot, sampling, scaling, scoring, step, tables
+from benchmarks import (attention, common, memory, pipeline, plot, sampling, scaling, scoring, step,
+                        tables)
 from benchmarks.flops import needed_flops
 from vcb_nb.adapters import add_lora
-from vcb_nb.artifacts import InputError
+from vcb_nb.artifacts import InputError, write_json
 from vcb_nb.logprobs import candidate_logps
 from vcb_nb.models import new_policy
 
@@ -137,6 +138,20 @@ def test_the_needed_operations_are_those_of_a_profile(arch, lora, tiny_tokenizer
     needed = needed_flops(model, prompts, responses, dense=True)
     assert counter.get_total_flops() == needed
     assert needed_flops(model, prompts, responses) < needed
+
+
+# --- a whole run ----------------------------------------------------------------------------------
+
+def test_the_time_of_a_stage_is_that_of_all_its_jobs(tmp_path, capsys):
+    for job, stage, taken in (("sft", "sft", 2.), ("calibrate/vcb", "calibrate", 3.),
+                              ("calibrate/dpo", "calibrate", 4.), ("tokenizer", "tokenizer", 1.)):
+        write_json(tmp_path/"demo"/job/"manifest.json", {"stage": stage, "seconds": taken})
+    pipeline.main([str(tmp_path/"demo"), "--label", "before"])
+    row = json.loads(capsys.readouterr().out)
+    assert list(row["seconds"].items()) == [("tokenizer", 1.), ("sft", 2.), ("calibrate", 7.)]
+    assert (row["run"], row["label"], row["total"]) == ("demo", "before", 10.)
+    bars = pipeline.figure([row, {**row, "label": "after"}]).axes[0].patches
+    assert sum(bar.get_width() for bar in bars) == pytest.approx(20.)
 
 
 # --- attention alone ------------------------------------------------------------------------------
