@@ -591,7 +591,8 @@ def test_vllm_is_asked_for_what_the_settings_say(through_vllm, vllm, tiny_tokeni
     sample(through_vllm)
     (engine,), longest = vllm.made, max(len(tiny_tokenizer.encode(f"{p} 0")) for p in PROMPTS)
     assert engine.options == dict(max_model_len=longest + 12, enable_prefix_caching=True,
-                                  logprobs_mode="raw_logprobs")
+                                  logprobs_mode="raw_logprobs",
+                                  enforce_eager=not torch.cuda.is_available())
     want = Params(0, .9, .95, 200, 12, 0, True, [tiny_tokenizer.eos_token_id],
                   {tiny_tokenizer.pad_token_id: -100.}, False)
     rows = load_candidates(through_vllm.output_dir)["prompt_ids"][:]

@@ -1,4 +1,5 @@
 "Parts of a stage's output: every part to one process, each whole or absent, and no mixture."
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, strategies as st
 from vcb_nb.artifacts import InputError
 from vcb_nb.data import load_rows
 from vcb_nb.shards import (claim_folder, list_parts, make_parts, my_parts, part_path,
-                           pending_parts, rank_and_world)
+                           pending_parts, rank_and_world, wait_for_parts)
 from vcb_nb.settings import option
 
 
@@ -117,3 +118,11 @@ def test_a_folder_keeps_to_its_settings(tmp_path):
     claim_folder(DrawConfig(tmp_path, seed=1, batch_size=4))
     with pytest.raises(InputError, match="seed: 1 → 2"):
         claim_folder(DrawConfig(tmp_path, seed=2))
+
+
+def test_a_group_of_one_waits_for_nobody(process_group, tmp_path):
+    "vLLM starts a group of its own: one of several processes must not wait for the others in it."
+    waiting = threading.Thread(target=wait_for_parts, args=(tmp_path, 2), daemon=True)
+    waiting.start()
+    waiting.join(20)
+    assert not waiting.is_alive()

@@ -291,10 +291,12 @@ def load_vllm(folder, # of whole weights
               length:int, # most tokens of a prompt and its sample together
               dtype:str=None, # float32 if not given
              ): # vllm.LLM
-    "A vLLM engine. Written against vLLM 0.11's documented interface; we have not run it yet."
+    "A vLLM engine. `make test-vllm` runs it on a CPU; on a GPU we have not run it yet."
     precision = str(as_dtype(dtype)).removeprefix("torch.")
     return _import_vllm().LLM(model=str(folder), dtype=precision, max_model_len=length,
-                              enable_prefix_caching=True, logprobs_mode="raw_logprobs")
+                              enable_prefix_caching=True, logprobs_mode="raw_logprobs",
+                              # On a CPU, compiling takes minutes and gains nothing.
+                              enforce_eager=not torch.cuda.is_available())
 
 def _import_vllm():
     "The package vLLM, set up to schedule requests in this process."
@@ -339,7 +341,7 @@ def vllm_candidates(engine, # vllm.LLM
                     ends:set=None, # ids that end a sample; None: the tokenizer's EOS
                     **sampling, # temperature, top_p, top_k
                    )->Samples:
-    "`sample_candidates` through vLLM 0.11's documented interface; we have not run it yet."
+    "`sample_candidates` through vLLM: other random numbers, the same distribution."
     rows = range(len(prompt_ids)) if rows is None else rows
     vllm, ends = _import_vllm(), {tokenizer.eos_token_id} if ends is None else ends
     options = {**_vllm_ends(tokenizer, ends), **sampling, "max_tokens": max_new_tokens}
@@ -374,7 +376,7 @@ class SampleConfig(QuantizedLoading):
     max_prompt_length: int = option(512, "Tokens of a prompt; longer ones are cut at the start.")
     max_new_tokens: int = option(128, "Most tokens of a sample, EOS included.")
     backend: str = option("transformers",
-        "'transformers', or 'vllm' (pip install vcb-nb[vllm]; we have not run it yet).")
+        "'transformers', or 'vllm' (pip install vcb-nb[vllm]; run on a CPU so far).")
     batch_size: int = option(16,
         "Prompts decoded at once, in n rows each. vLLM sizes its own batches.", decides=False)
     shard_size: int = option(128, "Prompts per part; a killed run loses one part at most.")

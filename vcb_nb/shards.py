@@ -122,7 +122,9 @@ def make_parts(folder, total:int, make, # part index → rows (dicts)
 # %% ../nbs/foundations/03_shards.ipynb #33197e71
 def wait_for_parts(folder, total:int, every:float=1.)->None:
     "Wait until all parts are there, if this process belongs to a group started together."
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    # A group of one is a library's own, such as vLLM's: it says nothing of other processes.
+    if not group or torch.distributed.get_world_size() == 1: return
     while len(parts := list_parts(folder, complete=False)) < total or any(map(is_altered, parts)):
         time.sleep(every)
 
