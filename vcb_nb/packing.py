@@ -34,6 +34,11 @@ def _group_places(prompt:list, completions:list, start:int, whole:bool)->tuple:
         positions += range(len(prompt), len(prompt) + last + whole)
     return ids, positions, predict
 
+def _group_sizes(prompt:list, completions:list, whole:bool)->tuple:
+    "Tokens of each piece. A prompt and its only response are one piece: they share nothing."
+    sizes = [len(completion) - (not whole) for completion in completions]
+    return (len(prompt), *sizes) if len(sizes) > 1 else (len(prompt) + sizes[0],)
+
 # %% ../nbs/foundations/13_packing.ipynb #9b2d592f
 @dataclass(frozen=True)
 class PackedCandidates:
@@ -44,14 +49,16 @@ class PackedCandidates:
     targets:Tensor # [tokens] the response tokens, EOS included, response after response
     completion_lengths:Tensor # [rows] tokens of each response
     mask:Tensor # [prompts, n] bool, True where the candidate is present
-    groups:tuple # a tuple (prompt length, tokens of y_1 in the row, of y_2, ...) per prompt
+    groups:tuple # (prompt length, tokens of y_1 in the row, of y_2, ...) per prompt; (tokens,) for
+                 # a sequence that shares nothing: one piece
     visible:dict # (prompt, own) lengths -> [own, prompt + own] bool, what a response sees
     whole:bool # do the responses keep their last token, which predicts nothing?
     lean:bool=False # does autograd join a response's keys and values again, to save memory?
 
     def lengths(self)->list:
         "Tokens of each candidate, prompt and response."
-        return [prompt + own + (not self.whole) for prompt, *owns in self.groups for own in owns]
+        return [prompt + own + (not self.whole) for prompt, *owns in self.groups
+                for own in owns or (0,)]
 
     def to(self, device, **kwargs)->"PackedCandidates":
         "The same layout on another device."
@@ -76,8 +83,7 @@ def packed_layout(prompt_ids:list, completion_ids:list, whole:bool=False)->Packe
         parts = _group_places(prompt, completions, len(ids), whole)
         for row, part in zip((ids, positions, predict), parts): row += part
     if not ids: raise InputError("A batch without completions. Give at least one candidate.")
-    groups = tuple((len(p), *(len(c) - (not whole) for c in cs))
-                   for p, cs in zip(prompt_ids, completion_ids) if cs)
+    groups = tuple(_group_sizes(p, cs, whole) for p, cs in zip(prompt_ids, completion_ids) if cs)
     visible = {(p, own): torch.ones(own, p + own, dtype=torch.bool).tril(p)
                for p, *owns in groups for own in owns}
     responses = [c for cs in completion_ids for c in cs]
@@ -87,6 +93,27 @@ def packed_layout(prompt_ids:list, completion_ids:list, whole:bool=False)->Packe
         torch.tensor([token for c in responses for token in c]),
         torch.tensor([len(c) for c in responses]),
         torch.arange(int(counts.max())) < counts[:, None], groups, visible, whole)
+
+# %% ../nbs/foundations/13_packing.ipynb #ff392179
+def packed_sequences(ids:list, # [rows] lists of token ids
+                     counted:list, # [rows] a truth value per token: is it predicted?
+                    )->PackedCandidates: # its candidates: one per row, of the tokens that count
+    "One row for sequences that share nothing. No first token counts: nothing predicts it."
+    flat, positions, predict, targets, groups, counts = [], [], [], [], [], []
+    for row, marks in zip(ids, counted):
+        places = [t for t in range(1, len(row)) if marks[t]]
+        read = max(places, default=1)
+        predict += [len(flat) + t - 1 for t in places]
+        targets += [row[t] for t in places]
+        flat += row[:read]
+        positions += range(read)
+        groups.append((read,))
+        counts.append(len(places))
+    whole = torch.ones(len(groups), 1, dtype=torch.bool)
+    numbers = map(torch.tensor, (predict, targets, counts))
+    predict, targets, counts = (x.long() for x in numbers) # an empty list gives floats
+    return PackedCandidates(torch.tensor([flat]), torch.tensor([positions]), predict, targets,
+                            counts, whole, tuple(groups), {}, False)
 
 # %% ../nbs/foundations/13_packing.ipynb #129926e1
 PACKED_ATTENTION = "vcb_packed"
@@ -392,7 +419,7 @@ HEAD_COLUMNS = 512 # at least, so that the products stay large
 
 def _head_plan(head, tokens:int, head_bytes:int)->tuple: # columns at a time, keep?
     "Keep the blocks where the budget allows it, else compute them again in the backward."
-    column = tokens * (8 if head.weight.dtype == torch.float64 else 4)
+    column = max(1, tokens) * (8 if head.weight.dtype == torch.float64 else 4)
     block = 2**28 if head.weight.is_cuda else max(HEAD_BLOCK, HEAD_COLUMNS * column)
     keep = torch.is_grad_enabled() and head.out_features * column <= head_bytes
     columns = max(1, min(block, head_bytes) // column)
@@ -436,21 +463,21 @@ def packed_token_logps(model, # causal LM of `enable_packing`, possibly wrapped 
     plan = _head_plan(head, len(targets), head_bytes)
     blockwise = nullcontext() if special else _replaced(
         head, _blockwise_head(head, targets, entropy, *plan))
-    # Under checkpointing autograd keeps none of them, and hooks of ours would keep the pieces.
-    lean = torch.is_grad_enabled() and not any(map(_is_checkpointed, model.modules()))
-    inputs = _packed_inputs(replace(packing, lean=lean))
+    inputs = _packed_inputs(model, packing)
     with blockwise: out = model(**inputs, logits_to_keep=packing.predict).logits[0]
     return logps_of_logits(out, targets, entropy) if special else out
 
 def _is_checkpointed(module)->bool: return getattr(module, "gradient_checkpointing", False)
 
-def _packed_inputs(packing:PackedCandidates)->dict:
+def _packed_inputs(model, packing:PackedCandidates)->dict:
     "What a transformers model is called with."
+    # Under checkpointing autograd keeps none of them, and hooks of ours would keep the pieces.
+    lean = torch.is_grad_enabled() and not any(map(_is_checkpointed, model.modules()))
     # A 4D mask keeps transformers from building one. With a layout nobody reads it; an empty one
     # makes a layer that the layout does not reach fail, not leak.
     mask = torch.ones(1, 1, 0, 0, dtype=torch.bool, device=packing.input_ids.device)
     return dict(input_ids=packing.input_ids, attention_mask=mask, use_cache=False,
-                position_ids=packing.position_ids, packing=packing)
+                position_ids=packing.position_ids, packing=replace(packing, lean=lean))
 
 # %% ../nbs/foundations/13_packing.ipynb #c1168baa
 def logps_of_logits(logits:Tensor, # [tokens, vocabulary]
@@ -467,16 +494,26 @@ def logps_of_logits(logits:Tensor, # [tokens, vocabulary]
 def last_places(packing:PackedCandidates)->Tensor: # [rows]
     "Place of the last token of each response in a row of whole responses."
     sizes = torch.tensor([size for group in packing.groups for size in group])
-    prompts = [i == 0 for group in packing.groups for i in range(len(group))]
-    return (sizes.cumsum(0) - 1)[~torch.tensor(prompts)].to(packing.input_ids.device)
+    shared = [i == 0 and len(group) > 1 for group in packing.groups for i in range(len(group))]
+    return (sizes.cumsum(0) - 1)[~torch.tensor(shared)].to(packing.input_ids.device)
 
-def packed_scores(model, # reward model of `enable_packing`
+@contextmanager
+def _reading(head, places:Tensor, length:int):
+    """The score head reads these places only, and gives the root model all their scores
+    [1, length, rows] at whatever place it takes for the last."""
+    hooks = (head.register_forward_pre_hook(lambda _, args: (args[0][:, places],)),
+             head.register_forward_hook(lambda _, args, out: out.mT.expand(1, length, -1)))
+    try: yield
+    finally:
+        for hook in hooks: hook.remove()
+
+def packed_scores(model, # reward model of `enable_packing`, possibly wrapped (DDP, PEFT)
                   packing:PackedCandidates, # of whole responses, on the model's device
-                 )->Tensor: # [rows], in the order of the responses
+                 )->Tensor: # [rows], in the order of the responses; differentiable
     "The reward model's score of each response, its trunk run once over each prompt."
-    base = unwrap(model)
-    hidden = base.base_model(**_packed_inputs(packing)).last_hidden_state[0]
-    return base.score(hidden[last_places(packing)])[:, 0]
+    places, length = last_places(packing), packing.input_ids.shape[1]
+    with _reading(unwrap(model).score, places, length):
+        return model(**_packed_inputs(model, packing)).logits[0]
 
 # %% ../nbs/foundations/13_packing.ipynb #27e81dfe
 def packed_batches(prompt_ids:list, # [prompts]
