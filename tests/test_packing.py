@@ -523,7 +523,7 @@ def test_the_choice_is_said_once(tiny_tokenizer, caplog):
     with caplog.at_level(logging.INFO, logger="vcb_nb.logprobs"):
         assert [logprobs.choose_way(model) for _ in range(3)] == ["shared"] * 3
     assert [r.message for r in caplog.records] == [
-        "Each prompt is computed once for all its candidates."]
+        "Sequences are packed into one row, each prompt once."]
     assert logprobs.choose_way(model, "rows") == "rows" and len(caplog.records) == 1
     with pytest.raises(InputError, match="way is 'share'. Did you mean 'shared'"):
         logprobs.choose_way(model, "share")

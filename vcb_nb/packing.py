@@ -211,19 +211,17 @@ def _refuse_config(config, length)->str:
 
 # %% ../nbs/foundations/13_packing.ipynb #434d9098
 def _refuse_head(base)->str:
-    "A reason in the vocabulary head or the score head, or ''."
-    reward = _is_reward_model(base)
-    head = getattr(base, "score", None) if reward else base.get_output_embeddings()
-    if isinstance(head, nn.Linear): return ""
-    return f"an adapter sits on its {'score' if reward else 'vocabulary'} head"
+    "A reason in the vocabulary head, or ''. A score head may be any module."
+    if _is_reward_model(base) or isinstance(base.get_output_embeddings(), nn.Linear): return ""
+    return "an adapter sits on its vocabulary head"
 
-def _refuse_modules(model)->str:
-    "A reason in the adapters, or dropout in training, or ''."
+def _refuse_modules(model, shares:bool)->str:
+    "A reason in the adapters, or dropout in training where tokens are shared, or ''."
     for module in model.modules():
         if getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False):
             return "a prompt-tuning adapter adds tokens of its own"
-    if model.training and any(map(_drops, model.modules())):
-        return "dropout is on, and candidates would share the prompt's"
+    if shares and model.training and any(map(_drops, model.modules())):
+        return "dropout is on, and responses would share the prompt's"
     return ""
 
 def _drops(module)->bool:
@@ -235,21 +233,22 @@ def _drops(module)->bool:
 # %% ../nbs/foundations/13_packing.ipynb #9a672e3d
 def supports_packing(model, # causal LM or reward model, possibly wrapped (DDP, PEFT)
                      length:"int | None"=None, # longest prompt + response; None: the context
+                     shares:bool=True, # are prompts shared? Whole sequences share nothing
                     )->tuple: # (bool, reason: why not, in words, or '')
-    "Would this model give packed candidates what it gives rows? Models not known to are rejected."
+    "Would this model give a packed row what it gives rows? Models not known to are rejected."
     config = unwrap(model).config.get_text_config()
     checks = (_refuse_architecture(unwrap(model), config), _refuse_config(config, length),
-              _refuse_head(unwrap(model)), _refuse_modules(model))
+              _refuse_head(unwrap(model)), _refuse_modules(model, shares))
     reason = next(filter(None, checks), "")
     return not reason, reason
 
-def enable_packing(model, length:"int | None"=None):
+def enable_packing(model, length:"int | None"=None, shares:bool=True):
     """Set the attention function, once: without a layout it is plain SDPA, so it stays set.
 
     It cannot be switched off after the forward: gradient checkpointing runs the forward again.
     `InputError` says why a model cannot be packed.
     """
-    supported, reason = supports_packing(model, length)
+    supported, reason = supports_packing(model, length, shares)
     if not supported:
         raise InputError(f"The model cannot be packed: {reason}. Set way='rows'.")
     if unwrap(model).config._attn_implementation != PACKED_ATTENTION:
