@@ -145,10 +145,14 @@ def test_lora_with_checkpointing_trains_every_adapter(files, tmp_path, reentrant
 
 def test_batches_reach_the_loss_whole(files, tmp_path):
     "Pitfall 15: prompt_length survives the Trainer, or no prompt would be masked."
-    trainer = trainer_of(config(files, tmp_path))
-    batch = next(iter(trainer.get_train_dataloader()))
-    masked = (batch["labels"] == -100) & (batch["attention_mask"] == 1)
-    assert masked.any(1).all() and (batch["labels"] != -100).any(1).all()
+    found = {}
+    for way in ("rows", "shared"):
+        trainer = trainer_of(config(files, tmp_path, way=way))
+        batch = found[way] = next(iter(trainer.get_train_dataloader()))
+        assert (batch["labels"] != -100).any(1).all()
+    masked = (found["rows"]["labels"] == -100) & (found["rows"]["attention_mask"] == 1)
+    assert masked.any(1).all() and torch.equal(found["rows"]["labels"], found["shared"]["labels"])
+    assert sum(found["shared"]["batch"].completion_lengths) == (batch["labels"] != -100).sum()
 
 
 def test_cut_and_blank_completions(files, tmp_path, tiny_tokenizer):
@@ -264,7 +268,7 @@ def test_saved_model_generates_with_its_cache(files, tmp_path):
 
 def test_length_groups_see_every_row(files, tmp_path):
     c = config(files, tmp_path, train_sampling_strategy="group_by_length", max_steps=-1,
-               num_train_epochs=1, eval_share=0)
+               num_train_epochs=1, eval_share=0, way="rows")
     trainer = trainer_of(c)
     lengths = [b["attention_mask"].sum(1).tolist() for b in trainer.get_train_dataloader()]
     assert sorted(sum(lengths, [])) == sorted(trainer.train_dataset["length"])
@@ -287,7 +291,7 @@ def test_text_objective(files, tmp_path, documents):
     summary = train_sft(c)
     losses = read_curve(tmp_path)[1]
     assert losses[-1] < .7 * losses[0] and summary["eval_rows"] >= 1
-    trainer = trainer_of(c)
+    trainer = trainer_of(config(files, tmp_path, data=c.data, objective="text", way="rows"))
     batch = next(iter(trainer.get_train_dataloader()))
     padding, first = batch["attention_mask"] == 0, torch.arange(batch["labels"].shape[1]) == 0
     assert torch.equal(batch["labels"] == -100, padding | first)

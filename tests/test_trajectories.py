@@ -185,10 +185,13 @@ def test_checkpointing(base, files, tmp_path, stage, reentrant):
     assert_same(trajectory(stage, files, tmp_path), base(stage))
 
 
-def test_rows(base, files, tmp_path):
-    "Pitfall 6: prompts computed once and rows that repeat them train the same policy."
-    assert train("calibrate", files, tmp_path, way="rows").way == "rows"
-    assert_same(trajectory("calibrate", files, tmp_path), base("calibrate"))
+@pytest.mark.parametrize("stage", STAGES)
+def test_rows(base, files, tmp_path, stage):
+    "Pitfall 6: packed rows, prompts computed once, and padded rows train the same model."
+    trainer = train(stage, files, tmp_path, way="rows")
+    assert "batch" not in (batch := next(iter(trainer.get_train_dataloader()))) or hasattr(
+        batch["batch"], "attention_mask")
+    assert_same(trajectory(stage, files, tmp_path), base(stage))
 
 
 class Killed(Exception): "What stands for a kill."
