@@ -15,11 +15,15 @@ from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError
 from vcb_nb.judges import reward_scores, row_scores
 from vcb_nb.loading import load_policy
-from vcb_nb.logprobs import candidate_logps, collate_candidates, score_logps, sequence_logps
+from vcb_nb.logprobs import (candidate_logps, checked_logps, collate_candidates, score_logps,
+                             sequence_logps)
 from vcb_nb.models import disable_dropout, new_policy
 from vcb_nb.packing import (PACKABLE, PACKED_ATTENTION, enable_packing, pack_candidates,
-                            packed_batches, packed_scores, packed_token_logps, supports_packing)
+                            packed_batches, packed_sequences, packed_token_logps,
+                            supports_packing)
+from vcb_nb.reward import collate_packed_pairs, collate_pairs, side_scores
 from vcb_nb.saving import save_model
+from vcb_nb.sft import collate_rows
 
 ARCHITECTURES = ["gpt_neox", "gpt2", "llama", "qwen2", "qwen3"]
 FULL_HEADS = {"gpt2", "gpt_neox", "phi"} # the others get grouped-query attention
@@ -245,6 +249,176 @@ def test_a_layer_that_the_layout_does_not_reach_raises(tiny_tokenizer, monkeypat
     monkeypatch.setattr(packing, "PACKABLE", ("stablelm",))
     with pytest.raises(InputError, match="not handed the layout"):
         packed_logps(model, PROMPTS, COMPLETIONS)
+
+
+# ---------------------------------------------------------------- sequences that share nothing
+
+# Ragged lengths, marks in several stretches, nothing marked, one token, all but the first.
+SEQUENCES = [[5, 6, 7, 8, 9, EOS], [10, 11, 12, 13, 14, 15, 16], [17], [18, 19, EOS], [20, 21, 22]]
+COUNTED = [[0, 0, 0, 1, 1, 1], [0, 1, 1, 0, 0, 1, 0], [0], [0, 1, 1], [0, 0, 0]]
+
+
+def padded_losses(model, ids=SEQUENCES, counted=COUNTED):
+    "Per row, the summed log-probs of what counts, from padded rows and all logits."
+    rows = [dict(input_ids=row, prompt_length=1, loss_mask=marks)
+            for row, marks in zip(ids, counted)]
+    batch = collate_rows(rows, pad_id=EOS)
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    return logps.mul(batch["labels"][:, 1:] != -100).sum(1, keepdim=True)
+
+
+def packed_losses(model, ids=SEQUENCES, counted=COUNTED, **options):
+    layout = packed_sequences(ids, counted)
+    return checked_logps(enable_packing(model, shares=False), layout, **options)
+
+
+EVERY_ROW = torch.ones(len(SEQUENCES), 1, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("head_bytes", [packing.HEAD_BYTES, ONE_BYTE])
+@pytest.mark.parametrize("architecture", PACKABLE)
+def test_sequences_are_those_of_padded_rows(tiny_tokenizer, architecture, head_bytes):
+    "Pitfall 6: fine-tuning and pretraining, packed ≡ padded in float64, values and gradients."
+    model = tiny(tiny_tokenizer, architecture, initializer_range=.2)
+    expected = with_gradient(model, padded_losses(model), EVERY_ROW)
+    assert_same(with_gradient(model, packed_losses(model, head_bytes=head_bytes), EVERY_ROW),
+                expected)
+    assert expected[0][2] == expected[0][4] == 0 and (expected[0][[0, 1, 3]] < 0).all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_sequences_tokens_do_not_reach_the_others(tiny_tokenizer, architecture):
+    "Pitfall 6: other tokens in one row leave every other row's loss bit-identical."
+    model = fresh(tiny_tokenizer, architecture, initializer_range=.2)
+    before = packed_losses(model)
+    for i in (0, 1, 3):
+        changed = copy.deepcopy(SEQUENCES)
+        changed[i] = [token + 30 for token in changed[i]]
+        same = packed_losses(model, changed) == before
+        assert not same[i] and same.sum() == same.numel() - 1
+
+
+def test_what_follows_the_last_mark_is_not_read():
+    "A cut, a user's last turn: nothing behind it changes a loss. Something of each row is read."
+    layout = packed_sequences(SEQUENCES, COUNTED)
+    assert layout.groups == ((5,), (5,), (1,), (2,), (1,))
+    assert layout.input_ids.tolist() == [sum((row[:n] for row, (n,) in zip(
+        SEQUENCES, layout.groups)), [])]
+    assert layout.targets.tolist() == [8, 9, EOS, 11, 12, 15, 19, EOS]
+    assert layout.position_ids.tolist() == [[*range(5), *range(5), 0, 0, 1, 0]]
+
+
+def test_a_batch_without_any_mark_has_a_gradient_of_zeros(tiny_tokenizer):
+    "Another process may have marks in its batch, and waits for these gradients."
+    model = tiny(tiny_tokenizer)
+    losses = packed_losses(model, [[5, 6, 7]], [[0, 0, 0]])
+    found = with_gradient(model, losses, torch.ones(1, 1, dtype=torch.bool))
+    assert found[0].tolist() == [[0.]] and all(g is not None and not g.any() for g in found[1])
+
+
+def test_dropout_is_no_reason_against_whole_sequences(tiny_tokenizer):
+    "Each row draws its own, as in padded rows; where a prompt is shared it is one."
+    model = add_lora(tiny(tiny_tokenizer), {**LORA, "lora_dropout": .1}).train()
+    assert supports_packing(model, shares=False)[0] and not supports_packing(model)[0]
+    with pytest.raises(InputError, match="dropout"): enable_packing(model)
+    assert logprobs.choose_way(model, shares=False) == "shared"
+
+
+def test_a_prompt_with_one_response_is_one_causal_piece(tiny_tokenizer, monkeypatch):
+    "No mask, no joined keys, one call of SDPA per layer and sequence; also in a mixed row."
+    model, seen = tiny(tiny_tokenizer), []
+    sdpa = packing.sdpa_attention_forward
+    def spy(module, query, key, value, mask, **kwargs):
+        seen.append((query.shape[2], key.shape[2], mask is None))
+        return sdpa(module, query, key, value, mask, **kwargs)
+    monkeypatch.setattr(packing, "sdpa_attention_forward", spy)
+    packed_logps(model, PROMPTS, COMPLETIONS)
+    assert seen[-1] == (22, 22, True) # the last prompt's only response has 21 tokens
+    assert len(seen) == 2 * (3 + 4 + 3 + 1) # responses of one token have no place of their own
+    seen.clear()
+    packed_losses(model)
+    assert seen == [(n, n, True) for n in (5, 5, 1, 2, 1)] * 2
+
+
+# ---------------------------------------------------------------- pairs
+
+# A common beginning that goes past the prompt, one side that begins the other, nothing in common.
+PAIRS = [([5, 6, 7, 8, 9, EOS], [5, 6, 7, 8, 10, 11, EOS]), ([12, 13, 14], [12, 13, 14, 15, EOS]),
+         ([16, 17, EOS], [18, 19, 20, EOS]), ([21], [21, 22]), ([23, 24], [23])]
+EVERY_SIDE = torch.ones(2 * len(PAIRS), 1, dtype=torch.bool)
+
+
+def reward_of(tokenizer, architecture, **kwargs):
+    "A tiny reward model in float64."
+    config = tiny(tokenizer, architecture, initializer_range=.2, **kwargs).config
+    config.num_labels, config.pad_token_id = 1, 300
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
+    return in_float64(model.double())
+
+
+def pair_rows(pairs=PAIRS):
+    return [dict(chosen_ids=a, rejected_ids=b, margin=0.) for a, b in pairs]
+
+
+def padded_sides(model):
+    batch = collate_pairs(pair_rows(), 300)
+    return model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+def packed_sides(model, pairs=PAIRS):
+    return side_scores(enable_packing(model), collate_packed_pairs(pair_rows(pairs))["batch"])
+
+
+@pytest.mark.parametrize("architecture", PACKABLE)
+def test_pairs_are_those_of_padded_rows(tiny_tokenizer, architecture):
+    "Reward training, a pair's beginning once ≡ two padded rows in float64: scores and gradients."
+    model = reward_of(tiny_tokenizer, architecture)
+    expected = with_gradient(model, padded_sides(model), EVERY_SIDE)
+    assert_same(with_gradient(model, packed_sides(model), EVERY_SIDE), expected)
+    assert len(set(expected[0].flatten().tolist())) == 2 * len(PAIRS)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_pairs_under_checkpointing_with_an_adapter_and_wrapped(tiny_tokenizer, reentrant, lora,
+                                                               process_group):
+    "A score head that peft has put a module around is called through DDP all the same."
+    model = reward_of(tiny_tokenizer, "gpt_neox")
+    if lora:
+        model = add_lora(model, LORA).double()
+        for name, p in model.named_parameters():
+            if "lora_B" in name: torch.nn.init.normal_(p, std=.1)
+    expected = with_gradient(model, padded_sides(model), EVERY_SIDE)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.train()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    assert_same(with_gradient(model, packed_sides(wrapped), EVERY_SIDE), expected)
+    assert all(g.any() for g in expected[1])
+
+
+def test_a_sides_tokens_do_not_reach_the_others(tiny_tokenizer):
+    "Pitfall 6: other tokens behind the common beginning move that side's score only."
+    model = reward_of(tiny_tokenizer, "llama")
+    before = packed_sides(model)
+    changed = copy.deepcopy(PAIRS)
+    changed[0][1][5] += 30
+    same = packed_sides(model, changed) == before
+    assert not same[len(PAIRS)] and same.sum() == same.numel() - 1
+
+
+def test_a_pairs_beginning_stands_in_the_row_once():
+    batch = collate_packed_pairs(pair_rows())
+    assert batch["batch"].groups == ((4, 2, 3), (2, 1, 3), (3,), (4,), (1,), (2,), (2,), (1,))
+    assert batch["input_ids"].shape == (1, sum(map(sum, batch["batch"].groups)))
+
+
+def test_a_failed_forward_leaves_the_score_head_alone(tiny_tokenizer):
+    model = reward_of(tiny_tokenizer, "gpt_neox")
+    expected = padded_sides(model)
+    with pytest.raises(InputError, match="no such layout"), packing._reading(
+            model.score, torch.tensor([0]), 1): raise InputError("no such layout")
+    torch.testing.assert_close(padded_sides(model), expected, rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------- everything else is unchanged

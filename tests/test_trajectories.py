@@ -24,7 +24,7 @@ from vcb_nb.judges import reward_scores
 from vcb_nb.loading import load_policy, load_reward_model, new_reward_model
 from vcb_nb.logprobs import candidate_logps, score_logps
 from vcb_nb.models import new_policy
-from vcb_nb.packing import HEAD_BYTES
+from vcb_nb.packing import HEAD_BYTES, PackedCandidates
 from vcb_nb.reward import RewardConfig
 from vcb_nb.saving import save_model
 from vcb_nb.sft import SFTConfig
@@ -188,9 +188,8 @@ def test_checkpointing(base, files, tmp_path, stage, reentrant):
 @pytest.mark.parametrize("stage", STAGES)
 def test_rows(base, files, tmp_path, stage):
     "Pitfall 6: packed rows, prompts computed once, and padded rows train the same model."
-    trainer = train(stage, files, tmp_path, way="rows")
-    assert "batch" not in (batch := next(iter(trainer.get_train_dataloader()))) or hasattr(
-        batch["batch"], "attention_mask")
+    batch = next(iter(train(stage, files, tmp_path, way="rows").get_train_dataloader()))
+    assert not isinstance(batch.get("batch"), PackedCandidates)
     assert_same(trajectory(stage, files, tmp_path), base(stage))
 
 
@@ -261,6 +260,13 @@ def test_lora(lora, files, tmp_path, options):
     "Pitfall 13: a frozen head and frozen embeddings change neither the layout nor the sums."
     train("calibrate", files, tmp_path, peft_config=LORA, **options)
     assert_same(trajectory("calibrate", files, tmp_path), lora("calibrate")[1])
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_lora_in_rows(lora, files, tmp_path, stage):
+    "The same; a score head, which is trained in full, has a module of peft's around it."
+    train(stage, files, tmp_path, peft_config=LORA, way="rows")
+    assert_same(trajectory(stage, files, tmp_path), lora(stage)[1])
 
 
 # ---------------------------------------------------------------- more of calibration
