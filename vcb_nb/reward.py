@@ -65,6 +65,22 @@ def collate_pairs(rows:list, # of `encode_pair`
     margins = torch.tensor([row["margin"] for row in rows])
     return dict(input_ids=ids, attention_mask=mask, labels=margins)
 
+# %% ../nbs/stages/03_reward.ipynb #45cc8de5
+def split_scores(logits, # [2 · pairs, 1], or a tuple that starts with it
+                 labels=None, # ignored
+                )->torch.Tensor: # [pairs, 2] float32: chosen, rejected
+    "The scores of a batch of `collate_pairs`, one pair per row."
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return logits.float().view(2, -1).T
+
+def pair_loss(outputs, labels, num_items_in_batch=None, *, center_coefficient:float=0.):
+    "A batch's loss as the `Trainer` wants it: its sum, divided by the pairs of the whole step."
+    chosen, rejected = split_scores(outputs.logits).unbind(1)
+    # `EvenTrainer` gives this label to the pairs that it repeats to fill the last batch.
+    loss = bradley_terry_loss(chosen, rejected, labels, center_coefficient) * (labels != -100)
+    return loss.mean() if num_items_in_batch is None else loss.sum() / num_items_in_batch
+
+# %% ../nbs/stages/03_reward.ipynb #7cd1889e
 def _pair_groups(chosen:list, rejected:list)->list: # (what is shared, [what is not]), one or two
     "What both sides begin with, and the rest of each: at least the token at which it is judged."
     ends = zip(chosen[:-1], rejected[:-1])
@@ -85,21 +101,6 @@ def collate_packed_pairs(rows:list, # of `encode_pair`
 def side_scores(model, layout)->torch.Tensor: # [2 · pairs, 1]
     "The scores of a batch of `collate_packed_pairs`: all chosen, then all rejected."
     return packed_scores(model, layout).view(-1, 2).T.reshape(-1, 1)
-
-# %% ../nbs/stages/03_reward.ipynb #45cc8de5
-def split_scores(logits, # [2 · pairs, 1], or a tuple that starts with it
-                 labels=None, # ignored
-                )->torch.Tensor: # [pairs, 2] float32: chosen, rejected
-    "The scores of a batch of `collate_pairs`, one pair per row."
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return logits.float().view(2, -1).T
-
-def pair_loss(outputs, labels, num_items_in_batch=None, *, center_coefficient:float=0.):
-    "A batch's loss as the `Trainer` wants it: its sum, divided by the pairs of the whole step."
-    chosen, rejected = split_scores(outputs.logits).unbind(1)
-    # `EvenTrainer` gives this label to the pairs that it repeats to fill the last batch.
-    loss = bradley_terry_loss(chosen, rejected, labels, center_coefficient) * (labels != -100)
-    return loss.mean() if num_items_in_batch is None else loss.sum() / num_items_in_batch
 
 # %% ../nbs/stages/03_reward.ipynb #28bef69c
 @dataclass

@@ -58,12 +58,6 @@ def collate_rows(rows:list, # dicts with input_ids and prompt_length
     if "loss_mask" in rows[0]: silent |= pad_rows([row["loss_mask"] for row in rows], 0)[0] == 0
     return dict(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(silent, -100))
 
-def collate_packed(rows:list)->dict: # labels as of `collate_rows`; input_ids [1, length], batch
-    "The same batch as one row without padding; its layout says which tokens carry a loss."
-    labels = collate_rows(rows, 0)["labels"]
-    layout = packed_sequences([row["input_ids"] for row in rows], (labels != -100).tolist())
-    return dict(labels=labels, input_ids=layout.input_ids, batch=layout)
-
 # %% ../nbs/stages/02_sft.ipynb #c4a70f2d
 def encode_conversation(tokenizer, row:dict, # prompt and completion as messages, perhaps tools
                         max_prompt_length:int, max_length:int, # as for `encode_demonstration`
@@ -210,6 +204,18 @@ def row_losses(logits, # [rows, tokens, vocabulary], or a tuple that starts with
     nll = F.cross_entropy(scores, targets, reduction="none", ignore_index=-100)
     return torch.stack([nll.sum(1), (targets != -100).sum(1).to(nll.dtype)], dim=1)
 
+def token_loss(prediction)->dict: # {'loss': nats per token}
+    "Mean loss over all held-out tokens, from `row_losses`."
+    nll, tokens = np.asarray(prediction.predictions, dtype=np.float64).sum(0)
+    return {"loss": nll / max(tokens, 1)}
+
+# %% ../nbs/stages/02_sft.ipynb #ec0de7be
+def collate_packed(rows:list)->dict: # labels as of `collate_rows`; input_ids [1, length], batch
+    "The same batch as one row without padding; its layout says which tokens carry a loss."
+    labels = collate_rows(rows, 0)["labels"]
+    layout = packed_sequences([row["input_ids"] for row in rows], (labels != -100).tolist())
+    return dict(labels=labels, input_ids=layout.input_ids, batch=layout)
+
 def packed_losses(logps, # [rows, 1] log-likelihood in nats, or a tuple that starts with it
                   labels, # as for `row_losses`
                  )->torch.Tensor: # the same
@@ -222,11 +228,6 @@ def packed_loss(outputs, labels, num_items_in_batch=None):
     "A batch's loss as the `Trainer` wants it: its sum, divided by the tokens of the whole step."
     nll, tokens = packed_losses(outputs.logits, labels).sum(0)
     return nll / (tokens if num_items_in_batch is None else num_items_in_batch)
-
-def token_loss(prediction)->dict: # {'loss': nats per token}
-    "Mean loss over all held-out tokens, from `row_losses`."
-    nll, tokens = np.asarray(prediction.predictions, dtype=np.float64).sum(0)
-    return {"loss": nll / max(tokens, 1)}
 
 # %% ../nbs/stages/02_sft.ipynb #9d11f28a
 def _refuse_settings(config:SFTConfig)->str:
