@@ -347,7 +347,7 @@ MUTANTS = [Mutant(*row) for row in [
      '        if piece[1] == list(range(len(completions))): yield piece\n',
      "test_packing.py -k batches", 0),
     ("shared dropout is packed", "packing",
-     "if model.training and any(map(_drops, model.modules())):", "if False:",
+     "if shares and model.training and any(map(_drops, model.modules())):", "if False:",
      "test_packing.py -k dropout", 7),
     ("a sliding window is packed", "packing", "if window and length > window:", "if False:",
      "test_packing.py -k window", 6),
