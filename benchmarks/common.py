@@ -22,6 +22,10 @@ from vcb_nb.models import new_policy
 # layers, hidden size and heads; their vocabulary has 50304 entries
 PYTHIA = {"pythia-160m": (12, 768, 12), "pythia-410m": (24, 1024, 16),
           "pythia-1b": (16, 2048, 8), "pythia-2.8b": (32, 2560, 32)}
+# settings of a Llama config; its embeddings are the head as well
+LLAMA = {"smollm2-135m": dict(
+    num_hidden_layers=30, hidden_size=576, num_attention_heads=9, num_key_value_heads=3,
+    intermediate_size=1536, vocab_size=49152, tie_word_embeddings=True)}
 EOS, PAD = "<eos>", "<pad>"
 # glibc reads these when a process starts: freed memory stays with the process.
 TUNED = {"MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_MMAP_THRESHOLD_": str(2**36)}
@@ -34,6 +38,15 @@ def option(default, help:str):
     return field(default=default, metadata={"help": help})
 
 
+def spread(span:str, n:int, name:str)->list: # n numbers
+    "Numbers spread evenly over a span of lengths: '64-128', or '96' for equal ones."
+    try: low, high = [int(x) for x in span.split("-") * 2][:2]
+    except ValueError: low = high = 0
+    if not 1 <= low <= high:
+        raise InputError(f"{name} is {span!r}. Give a length, or a span: 64-128.")
+    return [round(low + (high - low) * i / max(n - 1, 1)) for i in range(n)]
+
+
 @dataclass(frozen=True)
 class Settings:
     "One shape, and how it is measured."
@@ -42,8 +55,8 @@ class Settings:
     prompt: int = option(256, "Tokens of a prompt.")
     response: str = option("64-128", "Tokens of a response: '96', or '64-128' for uneven ones.")
     arch: Literal["gpt_neox", "gpt2", "llama", "qwen2", "qwen3", "pythia-160m", "pythia-410m",
-                  "pythia-1b", "pythia-2.8b"] = option(
-        "gpt_neox", "Architecture; a Pythia also sets layers, hidden and vocab.")
+                  "pythia-1b", "pythia-2.8b", "smollm2-135m"] = option(
+        "gpt_neox", "Architecture; a named model also sets layers, hidden, heads and vocab.")
     layers: int = option(6, "Layers.")
     hidden: int = option(384, "Width of the hidden states.")
     heads: int = option(0, "Attention heads; 0: one for each 64 of the width.")
@@ -62,6 +75,10 @@ class Settings:
         if self.arch in PYTHIA:
             sizes = dict(zip(("layers", "hidden", "heads"), PYTHIA[self.arch]), vocab=50304)
             for name, value in sizes.items(): object.__setattr__(self, name, value)
+        if self.arch in LLAMA:
+            names = dict(layers="num_hidden_layers", hidden="hidden_size", vocab="vocab_size",
+                         heads="num_attention_heads")
+            for name, key in names.items(): object.__setattr__(self, name, LLAMA[self.arch][key])
         if not self.heads: object.__setattr__(self, "heads", max(2, self.hidden // 64))
         least = dict(n=1, prompts=1, prompt=1, layers=1, hidden=1, vocab=3, rounds=1)
         for name, bound in least.items():
@@ -71,11 +88,7 @@ class Settings:
 
     def lengths(self)->list: # n numbers
         "Tokens of each response, spread evenly over the span."
-        try: low, high = [int(x) for x in self.response.split("-") * 2][:2]
-        except ValueError: low = high = 0
-        if not 1 <= low <= high:
-            raise InputError(f"response is {self.response!r}. Give a length, or a span: 64-128.")
-        return [round(low + (high - low) * i / max(self.n - 1, 1)) for i in range(self.n)]
+        return spread(self.response, self.n, "response")
 
     def chosen(self, ways:tuple)->list:
         "The ways to measure, in a benchmark's own order."
@@ -123,11 +136,11 @@ class World:
 
 def make_model(s:Settings, tokenizer):
     "A causal LM with random weights, dropout off, in training mode."
-    arch = "gpt_neox" if s.arch in PYTHIA else s.arch
-    names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
-    sizes = dict(zip(names, (s.layers, s.hidden, s.heads)))
+    arch = "gpt_neox" if s.arch in PYTHIA else "llama" if s.arch in LLAMA else s.arch
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    sizes = {**dict(zip(names, (s.layers, s.hidden, s.heads, s.vocab))), **LLAMA.get(s.arch, {})}
     sizes["max_position_embeddings"] = max(1024, s.prompt + max(s.lengths()))
-    with torch.device(s.device): model = new_policy(tokenizer, arch, vocab_size=s.vocab, **sizes)
+    with torch.device(s.device): model = new_policy(tokenizer, arch, **sizes)
     model = model.to(s.device).train()
     if as_dtype(s.dtype) is not torch.bfloat16: model.to(as_dtype(s.dtype))
     if s.lora: model = add_lora(model, {"r": s.lora, "lora_alpha": 2 * s.lora})

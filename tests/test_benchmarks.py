@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import (attention, common, memory, pipeline, plot, sampling, scaling, scoring, step,
-                        tables)
+from benchmarks import (attention, common, memory, pipeline, plot, reward, sampling, scaling, scoring,
+                        sft, step, tables, training)
 from benchmarks.flops import needed_flops
 from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError, write_json
@@ -20,6 +20,9 @@ TINY = dict(layers=2, hidden=32, vocab=320, prompt=8, n=2, response="4", rounds=
 KEYS = {"way", "seconds", "speedup_vs_naive", "speedup_vs_trl", "share_of_peak", "peak_mb",
         "bench", "arch", "layers", "hidden", "vocab", "n", "prompt", "response", "dtype", "device",
         "threads", "malloc", "torch", "transformers", "trl", "date", "machine"}
+
+
+ROWS = dict(TINY, arch="llama", prompts=3, prompt_span="4-9", response="2-5")
 
 
 def lines(module, tmp_path, kind=common.Settings, **settings):
@@ -46,7 +49,9 @@ def gradients(world):
 CASES = [(step, ["step"] * 4 + ["logps"] * 3, [*step.WAYS, *step.WAYS[1:]], {}),
          (scoring, ["reference"] * 3 + ["reward"] * 3, scoring.WAYS * 2, {}),
          (sampling, ["sampling"] * 3, sampling.WAYS, {}),
-         (memory, ["memory"], ["shared"], dict(ways=["shared"]))]
+         (memory, ["memory"], ["shared"], dict(ways=["shared"])),
+         (sft, ["sft"] * 5, sft.WAYS, dict(kind=training.TrainingSettings, **{**ROWS, "n": 1})),
+         (reward, ["reward"] * 3, reward.WAYS, dict(kind=reward.PairSettings, **ROWS))]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module, benches, ways, settings", CASES, ids=lambda v: getattr(
@@ -191,6 +196,43 @@ def test_the_script_for_gpus_runs(tmp_path):
                           capture_output=True)
     assert done.returncode == 0 and "0 of the parts failed" in done.stdout, done.stdout
     assert json.loads((tmp_path/"attention.jsonl").read_text().splitlines()[0])["way"] == "pieces"
+
+
+# --- SFT and rewards ------------------------------------------------------------------------------
+
+def test_trl_fine_tunes_the_same_rows():
+    "Keeps out a peer that reads other tokens: one loss and one gradient for every way."
+    world = training.make_rows(training.TrainingSettings(**{**ROWS, "n": 1}))
+    ours = [p + c for p, cs in zip(world.prompt_ids, world.completion_ids) for c in cs]
+    data = sft.trl_trainer(world).train_dataset
+    assert sorted(data["input_ids"]) == sorted(ours)
+    assert sum(x != -100 for row in data["labels"] for x in row) == sum(
+        len(c) for cs in world.completion_ids for c in cs)
+    losses, grads = zip(*((sft.step_call(world, way)(), gradients(world)) for way in sft.WAYS))
+    assert max(losses) - min(losses) < 1e-5
+    for other in grads[1:]: torch.testing.assert_close(other, grads[0], rtol=1e-3, atol=1e-5)
+
+
+def test_trl_trains_rewards_on_the_same_pairs():
+    world = training.make_rows(reward.PairSettings(**ROWS))
+    world.model = scoring.reward_model(world).train()
+    losses, grads = zip(*((reward.step_call(world, way)(), gradients(world))
+                          for way in reward.WAYS))
+    assert max(losses) - min(losses) < 1e-5
+    for other in grads[1:]: torch.testing.assert_close(other, grads[0], rtol=1e-3, atol=1e-5)
+
+
+def test_the_products_of_a_step_are_those_of_the_count():
+    "Oracle: the formula that a profile has confirmed, but for its exact triangles of attention."
+    world = training.make_rows(training.TrainingSettings(**{**ROWS, "n": 1, "response": "4"}))
+    targets = sum(len(c) for cs in world.completion_ids for c in cs)
+    tokens = sum(map(len, world.prompt_ids)) + targets - 3
+    shapes = training.needed_products(world, tokens, targets)
+    one = next(shape for shape in shapes if shape[0] > 1)
+    linear = sum(6 * b * m * k * n * count for (b, m, k, n), count in shapes.items() if b == 1)
+    needed = step.needed_flops(world.model, world.prompt_ids, world.completion_ids)
+    squares = 6 * one[0] * one[1]**2 * one[2] * shapes[one]
+    assert linear < needed and needed - linear == pytest.approx(squares, rel=.25)
 
 
 # --- clock and memory -----------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """The prompt computed once against rows: float64, values and every parameter's gradient."""
-import copy, logging
+import copy, importlib, logging
 from contextlib import nullcontext
 from functools import partial
+from unittest import mock
 
 import pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config,
+from transformers import (CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+                          AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config,
                           GPTNeoXConfig, LlamaConfig)
 
 from vcb_nb import logprobs, packing
@@ -15,14 +17,37 @@ from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError
 from vcb_nb.judges import reward_scores, row_scores
 from vcb_nb.loading import load_policy
-from vcb_nb.logprobs import candidate_logps, collate_candidates, score_logps, sequence_logps
+from vcb_nb.logprobs import (candidate_logps, checked_logps, collate_candidates, score_logps,
+                             sequence_logps)
 from vcb_nb.models import disable_dropout, new_policy
 from vcb_nb.packing import (PACKABLE, PACKED_ATTENTION, enable_packing, pack_candidates,
-                            packed_batches, packed_scores, packed_token_logps, supports_packing)
+                            packed_batches, packed_sequences, packed_token_logps,
+                            supports_packing)
+from vcb_nb.reward import collate_packed_pairs, collate_pairs, side_scores
 from vcb_nb.saving import save_model
+from vcb_nb.sft import collate_rows
 
 ARCHITECTURES = ["gpt_neox", "gpt2", "llama", "qwen2", "qwen3"]
-FULL_HEADS = {"gpt2", "gpt_neox", "phi"} # the others get grouped-query attention
+# Beside them: experts, a capped score, a sink, scaled and capped logits, values of another size.
+KINDS = [*ARCHITECTURES, "cohere", "deepseek_v3", "gemma2", "gpt_oss", "mixtral"]
+REWARDED = [name for name in PACKABLE # those of which transformers has a reward model
+            if CONFIG_MAPPING[name] in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING]
+# The others get grouped-query attention.
+FULL_HEADS = {"bloom", "gpt2", "gpt_neox", "opt", "phi"}
+# Two experts per token, values of another size, caps and scales that bite, both kinds of layers.
+SHAPES = {"deepseek_v3": dict(num_key_value_heads=4, n_routed_experts=4, n_group=2, topk_group=1,
+                              q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, head_dim=8,
+                              qk_nope_head_dim=8, v_head_dim=16, moe_intermediate_size=32,
+                              first_k_dense_replace=1, num_experts_per_tok=2),
+          "gemma3_text": dict(layer_types=["sliding_attention", "full_attention"],
+                              final_logit_softcapping=5.),
+          "gemma2": dict(final_logit_softcapping=5., attn_logit_softcapping=2.),
+          "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2),
+          "granite": dict(logits_scaling=6.),
+          "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
+          "olmoe": dict(num_experts=4, num_experts_per_tok=2),
+          "opt": dict(word_embed_proj_dim=32),
+          "qwen3_moe": dict(num_experts=4, moe_intermediate_size=32, num_experts_per_tok=2)}
 EOS = 0
 # Ragged n, ragged lengths, one-token responses, a prompt of one token, equal candidates.
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [3, 4]]
@@ -42,19 +67,36 @@ def tiny(tokenizer, architecture="gpt_neox", **kwargs):
 def fresh(tokenizer, architecture="gpt_neox", **kwargs):
     shape = {"hidden_size": 32, "num_hidden_layers": 2}
     if architecture not in FULL_HEADS: shape["num_key_value_heads"] = 2
-    return new_policy(tokenizer, architecture, **{**shape, **kwargs})
+    if architecture == "opt" and "initializer_range" in kwargs:
+        kwargs["init_std"] = kwargs.pop("initializer_range")
+    return new_policy(tokenizer, architecture,
+                      **{**shape, **SHAPES.get(architecture, {}), **kwargs})
 
 
 def in_float64(model):
-    """RMSNorm of transformers rounds to fp32 also in a float64 model, which limits any comparison
-    of gradients to 1e-6: the same formula without the rounding."""
+    """transformers rounds norms, routers and the softmax of eager attention to fp32 also in a
+    float64 model, which limits any comparison of gradients to 1e-6: the same without rounding."""
+    if hasattr(model.config, "num_experts_per_tok"): model.set_experts_implementation("eager")
     for module in model.modules():
-        if not type(module).__name__.endswith("RMSNorm"): continue
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        shift = 1. if type(module).__name__.startswith("Gemma") else 0.
-        module.forward = lambda x, m=module, eps=eps, shift=shift: F.rms_norm(
-            x, m.weight.shape, m.weight + shift, eps)
+        if any(word in type(module).__name__ for word in ("Norm", "outer", "Attention")):
+            module.forward = unrounded(module.forward)
     return model
+
+
+def unrounded(forward):
+    "The same forward, in which a float64 tensor stays one."
+    def stays(name):
+        plain = getattr(torch.Tensor, name)
+        return lambda x, *args, **kwargs: x if (
+            x.dtype == torch.float64 and args in [(), (torch.float32,)] and not kwargs
+            ) else plain(x, *args, **kwargs)
+    softmax = F.softmax
+    def run(*args, **kwargs):
+        with mock.patch.multiple(torch.Tensor, **{n: stays(n) for n in ("float", "to", "type")}), \
+                mock.patch.object(F, "softmax", lambda x, dim, dtype=None: softmax(
+                    x, dim, dtype=None if x.dtype == torch.float64 else dtype)):
+            return forward(*args, **kwargs)
+    return run
 
 
 def trained(model): return [p for p in model.parameters() if p.requires_grad]
@@ -96,6 +138,26 @@ def test_values_and_gradients_are_those_of_rows(tiny_tokenizer, architecture, he
     assert_same(rows(model), expected)
 
 
+SLIDES = {"use_sliding_window": True}
+# Those whose config has a window, and what sets it in one layer of two, or in both.
+WINDOWED = {**{name: {} for name in PACKABLE if hasattr(CONFIG_MAPPING[name], "sliding_window")},
+            "qwen2": {**SLIDES, "max_window_layers": 1}, "qwen3_moe": SLIDES,
+            "qwen3": {**SLIDES, "max_window_layers": 1},
+            "smollm3": {**SLIDES, "no_rope_layers": [1, 0]}}
+
+
+@pytest.mark.parametrize("window", [1, 4, 21])
+@pytest.mark.parametrize("architecture", WINDOWED)
+def test_sliding_windows(tiny_tokenizer, architecture, window):
+    "Shorter than a response, than a prompt with it, and by one token: in all layers or in some."
+    kwargs = dict(initializer_range=.2, **WINDOWED[architecture])
+    model = tiny(tiny_tokenizer, architecture, sliding_window=window, **kwargs)
+    expected, wide = rows(model), tiny(tiny_tokenizer, architecture, sliding_window=99, **kwargs)
+    assert not torch.allclose(rows(wide)[0], expected[0], atol=1e-6)
+    assert_same(packed(model), expected)
+    assert supports_packing(model) == (True, "")
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_models_as_they_are(tiny_tokenizer, architecture):
     "RMSNorm untouched: values equal all the same, gradients to the fp32 that it rounds to."
@@ -119,7 +181,7 @@ def test_one_prompt_a_step_and_the_mean(tiny_tokenizer):
 
 
 @pytest.mark.parametrize("head_bytes", [packing.HEAD_BYTES, ONE_BYTE, 20_000])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_lora(tiny_tokenizer, architecture, head_bytes):
     "A frozen head forms the hidden states' gradient in the forward, whatever its chunk."
     model = add_lora(tiny(tiny_tokenizer, architecture, initializer_range=.2), LORA).double()
@@ -132,7 +194,7 @@ def test_lora(tiny_tokenizer, architecture, head_bytes):
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_gradient_checkpointing(tiny_tokenizer, architecture, reentrant, lora):
     "Pitfall 13: the backward's second forward gets the layout too; both kinds of checkpointing."
     model = tiny(tiny_tokenizer, architecture, initializer_range=.2)
@@ -152,11 +214,11 @@ def test_a_head_with_a_bias(tiny_tokenizer):
     assert_same(packed(model), rows(model))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_fp32_and_bf16_within_their_precision(tiny_tokenizer, architecture):
     "Pitfall 5: log-softmax and sums are in fp32, also under autocast."
     model = fresh(tiny_tokenizer, architecture)
-    expected = sequence_logps(copy.deepcopy(model).double(),
+    expected = sequence_logps(in_float64(copy.deepcopy(model).double()),
                               collate_candidates(PROMPTS, COMPLETIONS))
     for head_bytes in (packing.HEAD_BYTES, ONE_BYTE):
         ours = packed_logps(model, PROMPTS, COMPLETIONS, head_bytes=head_bytes)
@@ -196,7 +258,7 @@ def test_softmax_may_overwrite_its_input(size, device):
 
 # ---------------------------------------------------------------- nothing leaks
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_a_candidates_tokens_do_not_reach_the_others(tiny_tokenizer, architecture):
     "Pitfall 6: other tokens in one candidate leave every other log-prob bit-identical."
     model = fresh(tiny_tokenizer, architecture, initializer_range=.2)
@@ -243,13 +305,192 @@ def test_a_layer_that_the_layout_does_not_reach_raises(tiny_tokenizer, monkeypat
     "StableLM's attention takes no keyword of ours: put on the list by mistake it raises."
     model = fresh(tiny_tokenizer, "stablelm")
     monkeypatch.setattr(packing, "PACKABLE", ("stablelm",))
+    monkeypatch.setattr(packing, "_UNPACKABLE", {})
     with pytest.raises(InputError, match="not handed the layout"):
         packed_logps(model, PROMPTS, COMPLETIONS)
 
 
-# ---------------------------------------------------------------- everything else is unchanged
+@pytest.mark.parametrize("architecture", [*packing._UNPACKABLE, *PACKABLE])
+def test_whose_attention_is_code_of_its_own(architecture):
+    "It never asks transformers for a registered function, which all that are packed do."
+    home = importlib.import_module(AutoModelForCausalLM._model_mapping[
+        CONFIG_MAPPING[architecture]].__module__)
+    own = packing._UNPACKABLE.get(architecture) == packing._OWN_CODE
+    assert ("ALL_ATTENTION_FUNCTIONS" in vars(home)) != own
+
+
+# ---------------------------------------------------------------- sequences that share nothing
+
+# Ragged lengths, marks in several stretches, nothing marked, one token, all but the first.
+SEQUENCES = [[5, 6, 7, 8, 9, EOS], [10, 11, 12, 13, 14, 15, 16], [17], [18, 19, EOS], [20, 21, 22]]
+COUNTED = [[0, 0, 0, 1, 1, 1], [0, 1, 1, 0, 0, 1, 0], [0], [0, 1, 1], [0, 0, 0]]
+
+
+def padded_losses(model, ids=SEQUENCES, counted=COUNTED):
+    "Per row, the summed log-probs of what counts, from padded rows and all logits."
+    rows = [dict(input_ids=row, prompt_length=1, loss_mask=marks)
+            for row, marks in zip(ids, counted)]
+    batch = collate_rows(rows, pad_id=EOS)
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    return logps.mul(batch["labels"][:, 1:] != -100).sum(1, keepdim=True)
+
+
+def packed_losses(model, ids=SEQUENCES, counted=COUNTED, **options):
+    layout = packed_sequences(ids, counted)
+    return checked_logps(enable_packing(model, shares=False), layout, **options)
+
+
+EVERY_ROW = torch.ones(len(SEQUENCES), 1, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("head_bytes", [packing.HEAD_BYTES, ONE_BYTE])
+@pytest.mark.parametrize("architecture", PACKABLE)
+def test_sequences_are_those_of_padded_rows(tiny_tokenizer, architecture, head_bytes):
+    "Pitfall 6: fine-tuning and pretraining, packed ≡ padded in float64, values and gradients."
+    model = tiny(tiny_tokenizer, architecture, initializer_range=.2)
+    expected = with_gradient(model, padded_losses(model), EVERY_ROW)
+    assert_same(with_gradient(model, packed_losses(model, head_bytes=head_bytes), EVERY_ROW),
+                expected)
+    assert expected[0][2] == expected[0][4] == 0 and (expected[0][[0, 1, 3]] < 0).all()
+
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_sequences_tokens_do_not_reach_the_others(tiny_tokenizer, architecture):
+    "Pitfall 6: other tokens in one row leave every other row's loss bit-identical."
+    model = fresh(tiny_tokenizer, architecture, initializer_range=.2)
+    before = packed_losses(model)
+    for i in (0, 1, 3):
+        changed = copy.deepcopy(SEQUENCES)
+        changed[i] = [token + 30 for token in changed[i]]
+        same = packed_losses(model, changed) == before
+        assert not same[i] and same.sum() == same.numel() - 1
+
+
+def test_what_follows_the_last_mark_is_not_read():
+    "A cut, a user's last turn: nothing behind it changes a loss. Something of each row is read."
+    layout = packed_sequences(SEQUENCES, COUNTED)
+    assert layout.groups == ((5,), (5,), (1,), (2,), (1,))
+    assert layout.input_ids.tolist() == [sum((row[:n] for row, (n,) in zip(
+        SEQUENCES, layout.groups)), [])]
+    assert layout.targets.tolist() == [8, 9, EOS, 11, 12, 15, 19, EOS]
+    assert layout.position_ids.tolist() == [[*range(5), *range(5), 0, 0, 1, 0]]
+
+
+def test_a_batch_without_any_mark_has_a_gradient_of_zeros(tiny_tokenizer):
+    "Another process may have marks in its batch, and waits for these gradients."
+    model = tiny(tiny_tokenizer)
+    losses = packed_losses(model, [[5, 6, 7]], [[0, 0, 0]])
+    found = with_gradient(model, losses, torch.ones(1, 1, dtype=torch.bool))
+    assert found[0].tolist() == [[0.]] and all(g is not None and not g.any() for g in found[1])
+
+
+def test_dropout_is_no_reason_against_whole_sequences(tiny_tokenizer):
+    "Each row draws its own, as in padded rows; where a prompt is shared it is one."
+    model = add_lora(tiny(tiny_tokenizer), {**LORA, "lora_dropout": .1}).train()
+    assert supports_packing(model, shares=False)[0] and not supports_packing(model)[0]
+    with pytest.raises(InputError, match="dropout"): enable_packing(model)
+    assert logprobs.choose_way(model, shares=False) == "shared"
+
+
+def test_a_prompt_with_one_response_is_one_causal_piece(tiny_tokenizer, monkeypatch):
+    "No mask, no joined keys, one call of SDPA per layer and sequence; also in a mixed row."
+    model, seen = tiny(tiny_tokenizer), []
+    sdpa = packing.sdpa_attention_forward
+    def spy(module, query, key, value, mask, **kwargs):
+        seen.append((query.shape[2], key.shape[2], mask is None))
+        return sdpa(module, query, key, value, mask, **kwargs)
+    monkeypatch.setattr(packing, "sdpa_attention_forward", spy)
+    packed_logps(model, PROMPTS, COMPLETIONS)
+    assert seen[-1] == (22, 22, True) # the last prompt's only response has 21 tokens
+    assert len(seen) == 2 * (3 + 4 + 3 + 1) # responses of one token have no place of their own
+    seen.clear()
+    packed_losses(model)
+    assert seen == [(n, n, True) for n in (5, 5, 1, 2, 1)] * 2
+
+
+# ---------------------------------------------------------------- pairs
+
+# A common beginning that goes past the prompt, one side that begins the other, nothing in common.
+PAIRS = [([5, 6, 7, 8, 9, EOS], [5, 6, 7, 8, 10, 11, EOS]), ([12, 13, 14], [12, 13, 14, 15, EOS]),
+         ([16, 17, EOS], [18, 19, 20, EOS]), ([21], [21, 22]), ([23, 24], [23])]
+EVERY_SIDE = torch.ones(2 * len(PAIRS), 1, dtype=torch.bool)
+
+
+def reward_of(tokenizer, architecture, **kwargs):
+    "A tiny reward model in float64."
+    config = tiny(tokenizer, architecture, initializer_range=.2, **kwargs).config
+    config.num_labels, config.pad_token_id = 1, 300
+    return in_float64(AutoModelForSequenceClassification.from_config(config).double())
+
+
+def pair_rows(pairs=PAIRS):
+    return [dict(chosen_ids=a, rejected_ids=b, margin=0.) for a, b in pairs]
+
+
+def padded_sides(model):
+    batch = collate_pairs(pair_rows(), 300)
+    return model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+def packed_sides(model, pairs=PAIRS):
+    return side_scores(enable_packing(model), collate_packed_pairs(pair_rows(pairs))["batch"])
+
+
+@pytest.mark.parametrize("architecture", REWARDED)
+def test_pairs_are_those_of_padded_rows(tiny_tokenizer, architecture):
+    "Reward training, a pair's beginning once ≡ two padded rows in float64: scores and gradients."
+    model = reward_of(tiny_tokenizer, architecture)
+    expected = with_gradient(model, padded_sides(model), EVERY_SIDE)
+    assert_same(with_gradient(model, packed_sides(model), EVERY_SIDE), expected)
+    assert len(set(expected[0].flatten().tolist())) == 2 * len(PAIRS)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_pairs_under_checkpointing_with_an_adapter_and_wrapped(tiny_tokenizer, reentrant, lora,
+                                                               process_group):
+    "A score head that peft has put a module around is called through DDP all the same."
+    model = reward_of(tiny_tokenizer, "gpt_neox")
+    if lora:
+        model = add_lora(model, LORA).double()
+        for name, p in model.named_parameters():
+            if "lora_B" in name: torch.nn.init.normal_(p, std=.1)
+    expected = with_gradient(model, padded_sides(model), EVERY_SIDE)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.train()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    assert_same(with_gradient(model, packed_sides(wrapped), EVERY_SIDE), expected)
+    assert all(g.any() for g in expected[1])
+
+
+def test_a_sides_tokens_do_not_reach_the_others(tiny_tokenizer):
+    "Pitfall 6: other tokens behind the common beginning move that side's score only."
+    model = reward_of(tiny_tokenizer, "llama")
+    before = packed_sides(model)
+    changed = copy.deepcopy(PAIRS)
+    changed[0][1][5] += 30
+    same = packed_sides(model, changed) == before
+    assert not same[len(PAIRS)] and same.sum() == same.numel() - 1
+
+
+def test_a_pairs_beginning_stands_in_the_row_once():
+    batch = collate_packed_pairs(pair_rows())
+    assert batch["batch"].groups == ((4, 2, 3), (2, 1, 3), (3,), (4,), (1,), (2,), (2,), (1,))
+    assert batch["input_ids"].shape == (1, sum(map(sum, batch["batch"].groups)))
+
+
+def test_a_failed_forward_leaves_the_score_head_alone(tiny_tokenizer):
+    model = reward_of(tiny_tokenizer, "gpt_neox")
+    expected = padded_sides(model)
+    with pytest.raises(InputError, match="no such layout"), packing._reading(
+            model.score, torch.tensor([0]), 1): raise InputError("no such layout")
+    torch.testing.assert_close(padded_sides(model), expected, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------- everything else is unchanged
+
+@pytest.mark.parametrize("architecture", KINDS)
 def test_generate_and_forward_are_unchanged(tiny_tokenizer, architecture, tmp_path):
     "Bit-identical before and after: padded forward, unpadded forward, greedy and sampled decoding."
     model = fresh(tiny_tokenizer, architecture, initializer_range=.2).eval()
@@ -265,20 +506,26 @@ def test_generate_and_forward_are_unchanged(tiny_tokenizer, architecture, tmp_pa
                     *(x for out in outs for x in (out.sequences, *out.logits))]
     before = behaviour(model)
     packed_logps(model, PROMPTS, COMPLETIONS, head_bytes=ONE_BYTE).sum().backward()
-    assert model.config._attn_implementation == PACKED_ATTENTION
+    assert model.config._attn_implementation.startswith(PACKED_ATTENTION)
     assert all(torch.equal(a, b) for a, b in zip(before, behaviour(model), strict=True))
     assert "forward" not in vars(model.get_output_embeddings())
     save_model(model, tiny_tokenizer, tmp_path/"model")
     assert PACKED_ATTENTION not in (tmp_path/"model"/"config.json").read_text()
-    assert load_policy(tmp_path/"model").config._attn_implementation == "sdpa"
+    plain = "eager" if architecture in ("gemma2", "gpt_oss") else "sdpa"
+    assert load_policy(tmp_path/"model").config._attn_implementation == plain
 
 
-def test_a_failed_forward_leaves_the_head_alone(tiny_tokenizer):
-    model = enable_packing(tiny(tiny_tokenizer))
+@pytest.mark.parametrize("architecture", ["cohere", "gemma2", "gpt_neox", "granite"])
+def test_a_failed_forward_leaves_the_head_alone(tiny_tokenizer, architecture):
+    "And what the model does behind it."
+    model = enable_packing(tiny(tiny_tokenizer, architecture))
+    settings = model.config.to_dict() | {"logit_scale": getattr(model, "logit_scale", None)}
     layout = pack_candidates(PROMPTS, COMPLETIONS)
     def fail(*_): raise ArithmeticError
     model.get_input_embeddings().register_forward_hook(fail)
     with pytest.raises(ArithmeticError): packed_token_logps(model, layout, ONE_BYTE)
+    assert settings == model.config.to_dict() | {
+        "logit_scale": getattr(model, "logit_scale", None)}
     assert "forward" not in vars(model.get_output_embeddings())
 
 
@@ -293,12 +540,14 @@ def test_a_wrapped_model_is_called_through_its_wrapper(tiny_tokenizer, process_g
 # ---------------------------------------------------------------- refusals
 
 REFUSED = {
-    "sliding window of 8": ("mistral", dict(sliding_window=8)),
-    "not among those tested": ("stablelm", {}),
+    "has no sliding window": ("llama", dict(sliding_window=8)),
+    "not among those tested": ("cohere2", {}),
+    "do not pass the layout on": ("stablelm", {}), "code of its own": ("bloom", {}),
+    "carry a state": ("lfm2", dict(layer_types=["conv", "full_attention"])),
+    "both directions": ("gemma3_text", dict(use_bidirectional_attention=True)),
+    "output_router_logits": ("mixtral", dict(output_router_logits=True)),
     "final_logit_softcapping": ("gemma", dict(final_logit_softcapping=30.)),
     "logit_scale": ("llama", dict(logit_scale=.5)),
-    "dynamic": ("llama", dict(rope_parameters={"rope_type": "dynamic", "factor": 2.,
-                                              "rope_theta": 1e4})),
 }
 
 
@@ -312,10 +561,19 @@ def test_refused_by_architecture_or_setting(tiny_tokenizer, words):
     with pytest.raises(InputError, match=words): packed_logps(model, PROMPTS, COMPLETIONS)
 
 
-def test_a_long_enough_sliding_window_is_no_reason(tiny_tokenizer):
-    model = tiny(tiny_tokenizer, "mistral", sliding_window=24)
-    assert supports_packing(model, 24) == (True, "")
-    assert not supports_packing(model, 25)[0] and not supports_packing(model)[0]
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rotary_frequencies_are_those_of_short_sequences(tiny_tokenizer, kind):
+    "Phi-3's long contexts: while all sequences are short, the longest of a batch is no matter."
+    rope = {"rope_type": kind, "rope_theta": 1e4, "partial_rotary_factor": 1.}
+    if kind == "dynamic":
+        model = tiny(tiny_tokenizer, "llama", rope_parameters=rope | {"factor": 2.},
+                     max_position_embeddings=24, initializer_range=.2)
+    else:
+        rope |= dict(short_factor=[1.5] * 4, long_factor=[9.] * 4)
+        model = tiny(tiny_tokenizer, "phi3", rope_parameters=rope, initializer_range=.2,
+                     original_max_position_embeddings=24, max_position_embeddings=96)
+    assert supports_packing(model, 23)[0] and kind in supports_packing(model, 24)[1]
+    assert not supports_packing(model)[0]
     assert_same(packed(model), rows(model)) # 23 tokens at most
 
 
@@ -330,6 +588,9 @@ def test_dropout_is_refused_in_training_only(tiny_tokenizer):
         assert "dropout" in supports_packing(model.train())[1]
         assert supports_packing(model.eval())[0]
         assert supports_packing(disable_dropout(model).train())[0]
+    noisy = tiny(tiny_tokenizer, "mixtral", router_jitter_noise=.1)
+    assert "router's noise" in supports_packing(noisy.train())[1]
+    assert supports_packing(noisy, shares=False)[0] and supports_packing(noisy.eval())[0]
     model = add_lora(tiny(tiny_tokenizer), {**LORA, "lora_dropout": .1})
     assert "dropout" in supports_packing(model.train())[1] and supports_packing(model.eval())[0]
 
@@ -351,7 +612,7 @@ def test_a_refused_model_takes_rows_and_says_so_once(tiny_tokenizer, caplog):
         ours = [candidate_logps(model, PROMPTS, COMPLETIONS) for _ in range(2)]
     expected = sequence_logps(model, collate_candidates(PROMPTS, COMPLETIONS))
     assert torch.equal(ours[0], expected) and torch.equal(ours[1], expected)
-    assert len(caplog.records) == 1 and "stablelm" in caplog.text
+    assert len(caplog.records) == 1 and "do not pass the layout on" in caplog.text
     model = tiny(tiny_tokenizer)
     torch.testing.assert_close(candidate_logps(model, PROMPTS, COMPLETIONS), rows(model)[0],
                                atol=1e-12, rtol=0)
@@ -465,9 +726,10 @@ def test_the_gradient_of_the_head_asks_for_no_memory_of_its_own(tiny_tokenizer, 
     assert grad.untyped_storage().nbytes() == 8 * (weight.numel() + 64 * weight.shape[1])
 
 
-def test_a_head_with_a_forward_of_its_own_is_left_alone(tiny_tokenizer):
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt_neox", "granite"])
+def test_a_head_with_a_forward_of_its_own_is_left_alone(tiny_tokenizer, architecture):
     "Offloading replaces `forward`: then the logits of response positions, and cross_entropy."
-    model = tiny(tiny_tokenizer)
+    model = tiny(tiny_tokenizer, architecture)
     expected, original = rows(model), model.lm_head.forward
     model.lm_head.forward = lambda hidden: original(hidden)
     assert_same(packed(model, head_bytes=ONE_BYTE), expected)
@@ -477,6 +739,26 @@ def test_a_head_with_a_forward_of_its_own_is_left_alone(tiny_tokenizer):
                                    {"forward": lambda self, x: F.linear(x, self.weight * 1)})
     assert_same(packed(model, head_bytes=ONE_BYTE), expected)
     assert "forward" not in vars(model.lm_head)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("columns, keep", [(7, True), (7, False), (400, True)])
+@pytest.mark.parametrize("cap", [None, 2., 30., 2000.])
+def test_capped_logits(cap, columns, keep, frozen):
+    "Every probability from 1 down to 0, where a block has lost the logit: no NaN, exact slopes."
+    draw = partial(torch.randn, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    hidden, weight = 40 * draw(9, 8), 4 * draw(300, 8)
+    targets, by = torch.arange(9), draw(9)
+    def slopes(logps):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+        values = logps(h, w)
+        return values.detach(), torch.autograd.grad(values @ by, [h] if frozen else [h, w])
+    def plain(h, w):
+        logits = h @ w.T if cap is None else cap * torch.tanh(h @ w.T / cap)
+        return -F.cross_entropy(logits, targets, reduction="none")
+    def blocks(h, w):
+        return packing._HeadLogps.apply(h, w, None, targets, columns, keep, False, cap)[0]
+    torch.testing.assert_close(slopes(blocks), slopes(plain), atol=1e-11, rtol=1e-12)
 
 
 @pytest.mark.parametrize("head_bytes", [packing.HEAD_BYTES, ONE_BYTE])
@@ -491,9 +773,10 @@ def test_without_gradients(tiny_tokenizer, head_bytes):
 
 @pytest.mark.parametrize("head_bytes", [packing.HEAD_BYTES, ONE_BYTE])
 @pytest.mark.parametrize("lora", [False, True])
-def test_tokens_and_entropies_of_both_ways(tiny_tokenizer, lora, head_bytes):
+@pytest.mark.parametrize("architecture", ["cohere", "gemma2", "gpt_neox", "granite"])
+def test_tokens_and_entropies_of_both_ways(tiny_tokenizer, architecture, lora, head_bytes):
     "Against float64 log-softmax over all logits, one candidate at a time; entropy has no gradient."
-    model = tiny(tiny_tokenizer, initializer_range=.2)
+    model = tiny(tiny_tokenizer, architecture, initializer_range=.2)
     if lora: model = add_lora(model, LORA).double()
     for way in ("rows", "shared"):
         ask = partial(candidate_logps, model, PROMPTS, COMPLETIONS, way, head_bytes=head_bytes)
@@ -523,7 +806,7 @@ def test_the_choice_is_said_once(tiny_tokenizer, caplog):
     with caplog.at_level(logging.INFO, logger="vcb_nb.logprobs"):
         assert [logprobs.choose_way(model) for _ in range(3)] == ["shared"] * 3
     assert [r.message for r in caplog.records] == [
-        "Each prompt is computed once for all its candidates."]
+        "Sequences are packed into one row, each prompt once."]
     assert logprobs.choose_way(model, "rows") == "rows" and len(caplog.records) == 1
     with pytest.raises(InputError, match="way is 'share'. Did you mean 'shared'"):
         logprobs.choose_way(model, "share")
@@ -531,13 +814,12 @@ def test_the_choice_is_said_once(tiny_tokenizer, caplog):
 
 # ---------------------------------------------------------------- scoring
 
-@pytest.mark.parametrize("architecture", PACKABLE)
+@pytest.mark.parametrize("architecture", REWARDED)
 def test_rewards_are_those_of_rows(tiny_tokenizer, architecture):
     "The trunk once over a prompt: the score at each response's last token, in float64."
     config = tiny(tiny_tokenizer, architecture, initializer_range=.2).config
     config.num_labels, config.pad_token_id = 1, 300
-    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
-    model = in_float64(model.double().eval())
+    model = in_float64(AutoModelForSequenceClassification.from_config(config).double().eval())
     expected = row_scores(model, PROMPTS, COMPLETIONS).tolist()
     for budget in (10, 40, 10_000):
         found = reward_scores(model, PROMPTS, COMPLETIONS, budget, way="shared")

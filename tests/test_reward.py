@@ -125,6 +125,28 @@ def test_accumulation_changes_nothing(files, tmp_path):
         torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=3e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("lora", [None, dict(r=4)])
+def test_packed_pairs_are_trained_and_evaluated_as_rows(files, tmp_path, lora):
+    "Losses of the steps, and every figure of the report."
+    found = []
+    for way in ("rows", "shared"):
+        c = config(files, tmp_path/way, way=way, peft_config=lora, gradient_accumulation_steps=2,
+                   per_device_train_batch_size=4, per_device_eval_batch_size=5, max_steps=4)
+        report = train_reward(c)
+        found.append([*read_curve(c.output_dir)[1], *(report[k] for k in (
+            "accuracy", "log_loss", "margin", "reward_mean", "reward_std"))])
+    assert found[1] == pytest.approx(found[0], rel=2e-4, abs=2e-5)
+
+
+def test_rows_where_pairs_cannot_be_packed(files, tmp_path):
+    "'shared' says why it cannot; 'auto' takes rows."
+    ways = {way: dict(way=way, neftune_noise_alpha=5.) for way in ("auto", "shared")}
+    trainer = trainer_of(config(files, tmp_path, **ways["auto"]))
+    assert "attention_mask" in next(iter(trainer.get_train_dataloader()))
+    with pytest.raises(InputError, match="way is 'shared', but NEFTune"):
+        trainer_of(config(files, tmp_path, **ways["shared"]))
+
+
 # Pairs and endings
 
 def test_scores_are_read_at_the_last_token(files, tmp_path):

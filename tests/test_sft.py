@@ -6,13 +6,14 @@ import pytest, torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from vcb_nb import logprobs
 from vcb_nb.artifacts import InputError
 from vcb_nb.data import encode_completion, encode_prompt
 from vcb_nb.loading import load_policy
 from vcb_nb.models import new_policy
 from vcb_nb.saving import save_model
 from vcb_nb.sft import (SFTConfig, _make_model, collate_rows, encode_demonstration, pack_texts,
-                        sft_datasets, sft_trainer, train_sft)
+                        packed_losses, sft_datasets, sft_trainer, train_sft)
 from vcb_nb.loading import load_tokenizer
 from vcb_nb.training import last_checkpoint, read_curve
 
@@ -143,12 +144,70 @@ def test_lora_with_checkpointing_trains_every_adapter(files, tmp_path, reentrant
     assert len(found) == 8 and min(found.values()) > 0
 
 
+@pytest.mark.parametrize("changes, reason", [
+    (dict(label_smoothing_factor=.1), "label smoothing"),
+    (dict(neftune_noise_alpha=5.), "NEFTune"), (dict(torch_compile=True), "torch.compile"),
+    (dict(architecture="stablelm"), "do not pass the layout on")])
+def test_rows_where_packing_would_change_the_loss(files, tmp_path, changes, reason, caplog):
+    "'auto' takes padded rows and says why; 'shared' says that it cannot."
+    logprobs.say_once.cache_clear()
+    if "architecture" in changes: changes["model_config"] = {**TINY, "intermediate_size": 64}
+    with caplog.at_level("INFO", logger="vcb_nb.logprobs"):
+        trainer = trainer_of(config(files, tmp_path, **changes))
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert "batch" not in batch and "attention_mask" in batch and reason in caplog.text
+    with pytest.raises(InputError, match=reason):
+        trainer_of(config(files, tmp_path, way="shared", **changes))
+
+
+def test_label_smoothing_is_the_trainers_own(files, tmp_path):
+    "It reaches the loss: rows are taken, and the loss is not that of the labels alone."
+    losses = [train_sft(config(files, tmp_path/str(s), max_steps=1, label_smoothing_factor=s))
+              ["train_loss"] for s in (0., .3)]
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
+@pytest.mark.parametrize("lora", [None, dict(r=4, lora_dropout=.3)])
+def test_packed_losses_are_logged_and_evaluated_as_rows(files, tmp_path, lora):
+    "Fault: the mean over rows, or over the batches, in the place of the mean over tokens."
+    found = []
+    for way in ("rows", "shared"):
+        c = config(files, tmp_path/way, way=way, peft_config=lora, model=str(files/"model"),
+                   eval_data=str(files/"rows.jsonl"), per_device_eval_batch_size=5, max_steps=3,
+                   gradient_accumulation_steps=2, per_device_train_batch_size=4)
+        trainer = trainer_of(c)
+        found.append([trainer.evaluate()["eval_loss"]])
+        if lora is None: # with dropout the two ways draw differently
+            trainer.train()
+            found[-1] += [row["loss"] for row in trainer.state.log_history if "loss" in row]
+            found[-1] += [trainer.evaluate()["eval_loss"]]
+        assert ("batch" in next(iter(trainer.get_train_dataloader()))) == (way == "shared")
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_a_repeated_row_adds_nothing(files, tmp_path):
+    "Pitfall 16: its labels are blanked after the layout was made; its log-probs do not count."
+    trainer = trainer_of(config(files, tmp_path, per_device_train_batch_size=3))
+    model, batch = trainer.model, next(iter(trainer.get_train_dataloader()))
+    values = trainer.read(model, batch["batch"])
+    whole = packed_losses(values, batch["labels"])
+    batch["labels"][1] = -100
+    blanked = packed_losses(values, batch["labels"])
+    assert blanked[1].tolist() == [0., 0.] and torch.equal(blanked[::2], whole[::2])
+    loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(7))
+    assert loss.item() == pytest.approx(blanked[:, 0].sum().item() / 7)
+
+
 def test_batches_reach_the_loss_whole(files, tmp_path):
     "Pitfall 15: prompt_length survives the Trainer, or no prompt would be masked."
-    trainer = trainer_of(config(files, tmp_path))
-    batch = next(iter(trainer.get_train_dataloader()))
-    masked = (batch["labels"] == -100) & (batch["attention_mask"] == 1)
-    assert masked.any(1).all() and (batch["labels"] != -100).any(1).all()
+    found = {}
+    for way in ("rows", "shared"):
+        trainer = trainer_of(config(files, tmp_path, way=way))
+        batch = found[way] = next(iter(trainer.get_train_dataloader()))
+        assert (batch["labels"] != -100).any(1).all()
+    masked = (found["rows"]["labels"] == -100) & (found["rows"]["attention_mask"] == 1)
+    assert masked.any(1).all() and torch.equal(found["rows"]["labels"], found["shared"]["labels"])
+    assert sum(found["shared"]["batch"].completion_lengths) == (batch["labels"] != -100).sum()
 
 
 def test_cut_and_blank_completions(files, tmp_path, tiny_tokenizer):
@@ -264,7 +323,7 @@ def test_saved_model_generates_with_its_cache(files, tmp_path):
 
 def test_length_groups_see_every_row(files, tmp_path):
     c = config(files, tmp_path, train_sampling_strategy="group_by_length", max_steps=-1,
-               num_train_epochs=1, eval_share=0)
+               num_train_epochs=1, eval_share=0, way="rows")
     trainer = trainer_of(c)
     lengths = [b["attention_mask"].sum(1).tolist() for b in trainer.get_train_dataloader()]
     assert sorted(sum(lengths, [])) == sorted(trainer.train_dataset["length"])
@@ -287,7 +346,7 @@ def test_text_objective(files, tmp_path, documents):
     summary = train_sft(c)
     losses = read_curve(tmp_path)[1]
     assert losses[-1] < .7 * losses[0] and summary["eval_rows"] >= 1
-    trainer = trainer_of(c)
+    trainer = trainer_of(config(files, tmp_path, data=c.data, objective="text", way="rows"))
     batch = next(iter(trainer.get_train_dataloader()))
     padding, first = batch["attention_mask"] == 0, torch.arange(batch["labels"].shape[1]) == 0
     assert torch.equal(batch["labels"] == -100, padding | first)

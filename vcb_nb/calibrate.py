@@ -21,7 +21,7 @@ from .data import (attach_ids, chat_candidates, check_stored_ids, load_candidate
                          warn_shared)
 from .loading import (QuantizedLoading, at_revision, check_same_tokenizer, load_policy,
                             load_tokenizer)
-from .logprobs import WAYS, checked_logps, choose_way, lay_out
+from .logprobs import WAYS, checked_logps, lay_out, same_way
 from .losses import (LOSSES, calibration_metrics, preference_loss, reward_resolution,
                            reward_sigma, target_gamma)
 from .measures import TWO_CANDIDATES, pad_ragged, pooled_sigma
@@ -407,16 +407,6 @@ def live_reference(model, # the policy at step 0, LoRA adapter included
         return None
     reference = copy_model(model) if reference is None else reference
     return reference.eval().requires_grad_(False)
-
-# %% ../nbs/stages/06_calibrate.ipynb #a0dd86a7
-def same_way(args, *models)->str: # 'shared' or 'rows'
-    "How the log-probs of a run are computed: one way for the policy and its live reference."
-    way = args.way
-    if way == "auto" and args.torch_compile:
-        log.info("Candidates are rows: torch.compile would compile anew for every layout.")
-        way = "rows"
-    ways = {choose_way(model, way) for model in models}
-    return "shared" if ways == {"shared"} else "rows"
 
 # %% ../nbs/stages/06_calibrate.ipynb #fe77dd84
 REFERENCE_TOLERANCE = 1e-2 # nats per token; bf16 stays well below, another model does not

@@ -161,19 +161,20 @@ def say_once(message:str, level:int)->None: log.log(level, message)
 def choose_way(model, # causal LM or reward model
                way:str="auto", # 'shared', 'rows', or 'auto': shared where the model allows it
                length:"int | None"=None, # longest prompt + response; None: the context
+               shares:bool=True, # are prompts shared? Whole sequences share nothing
               )->str: # 'shared' or 'rows'
-    """Decide how candidates are computed, make the model ready for it, and log the choice once.
+    """Decide how sequences are computed, make the model ready for it, and log the choice once.
 
-    'shared' reads each prompt once; an `InputError` says why a model cannot.
+    'shared' packs them into one row, each prompt once; an `InputError` says why a model cannot.
     """
     if way not in WAYS: raise InputError(f"way is {way!r}. {did_you_mean(way, WAYS)}")
     if way == "rows": return way
-    supported, reason = supports_packing(model, length)
+    supported, reason = supports_packing(model, length, shares)
     if supported or way == "shared":
-        enable_packing(model, length)
-        say_once("Each prompt is computed once for all its candidates.", logging.INFO)
+        enable_packing(model, length, shares)
+        say_once("Sequences are packed into one row, each prompt once.", logging.INFO)
         return "shared"
-    say_once(f"Every candidate is a row that repeats its prompt: {reason}.", logging.WARNING)
+    say_once(f"Sequences are padded rows, and each repeats its prompt: {reason}.", logging.WARNING)
     return "rows"
 
 def candidate_logps(model, # causal LM, possibly wrapped (DDP, PEFT)
@@ -188,6 +189,29 @@ def candidate_logps(model, # causal LM, possibly wrapped (DDP, PEFT)
     longest = max(row_lengths(prompt_ids, completion_ids), default=0)
     batch = lay_out(prompt_ids, completion_ids, choose_way(model, way, longest), pad_id)
     return checked_logps(model, batch.to(next(model.parameters()).device), **options)
+
+# %% ../nbs/foundations/14_logprobs.ipynb #7e6d78da
+def same_way(args, # settings of a training, with `way`
+             *models, # the policy, and a live reference
+             refused:str="", # a reason of the stage against packing
+             **options, # of `choose_way`: length, shares
+            )->str: # 'shared' or 'rows'
+    "How all log-probs, or scores, of a training are computed."
+    reason = refused or _refuse_training(args)
+    if reason and args.way == "shared":
+        raise InputError(f"way is 'shared', but {reason}. Set way='rows', or change that setting.")
+    if reason and args.way == "auto":
+        say_once(f"Sequences are padded rows: {reason}.", logging.INFO)
+        return "rows"
+    ways = {choose_way(model, args.way, **options) for model in models}
+    return "shared" if ways == {"shared"} else "rows"
+
+def _refuse_training(args)->str:
+    "A reason in the settings of a training, or ''."
+    if args.torch_compile: return "torch.compile would compile anew for every layout"
+    if args.neftune_noise_alpha is not None: return "NEFTune's noise depends on a row's length"
+    if args.n_gpu > 1: return "one process cannot split a packed row between GPUs (use torchrun)"
+    return ""
 
 # %% ../nbs/foundations/14_logprobs.ipynb #241a9505
 def lay_out(prompt_ids:list, completion_ids:list, # as for `candidate_logps`

@@ -8,8 +8,10 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/packing.html.md"""
 __all__ = ['PackedCandidates', 'pack_candidates', 'supports_packing', 'enable_packing', 'packed_token_logps']
 
 # %% ../nbs/foundations/13_packing.ipynb #a3de23f2
+import inspect, sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from .artifacts import InputError
 from .batches import accepts, check_candidates, unwrap
@@ -34,6 +36,11 @@ def _group_places(prompt:list, completions:list, start:int, whole:bool)->tuple:
         positions += range(len(prompt), len(prompt) + last + whole)
     return ids, positions, predict
 
+def _group_sizes(prompt:list, completions:list, whole:bool)->tuple:
+    "Tokens of each piece. A prompt and its only response are one piece: they share nothing."
+    sizes = [len(completion) - (not whole) for completion in completions]
+    return (len(prompt), *sizes) if len(sizes) > 1 else (len(prompt) + sizes[0],)
+
 # %% ../nbs/foundations/13_packing.ipynb #9b2d592f
 @dataclass(frozen=True)
 class PackedCandidates:
@@ -44,14 +51,16 @@ class PackedCandidates:
     targets:Tensor # [tokens] the response tokens, EOS included, response after response
     completion_lengths:Tensor # [rows] tokens of each response
     mask:Tensor # [prompts, n] bool, True where the candidate is present
-    groups:tuple # a tuple (prompt length, tokens of y_1 in the row, of y_2, ...) per prompt
-    visible:dict # (prompt, own) lengths -> [own, prompt + own] bool, what a response sees
+    groups:tuple # (prompt length, tokens of y_1 in the row, of y_2, ...) per prompt; (tokens,) for
+                 # a sequence that shares nothing: one piece
+    visible:dict # (prompt, own) lengths, and a window's -> [own, prompt + own] bool, who sees what
     whole:bool # do the responses keep their last token, which predicts nothing?
     lean:bool=False # does autograd join a response's keys and values again, to save memory?
 
     def lengths(self)->list:
         "Tokens of each candidate, prompt and response."
-        return [prompt + own + (not self.whole) for prompt, *owns in self.groups for own in owns]
+        return [prompt + own + (not self.whole) for prompt, *owns in self.groups
+                for own in owns or (0,)]
 
     def to(self, device, **kwargs)->"PackedCandidates":
         "The same layout on another device."
@@ -68,6 +77,11 @@ def pack_candidates(prompt_ids:list, # [prompts] lists of token ids
     return packed_layout(prompt_ids, completion_ids, whole)
 
 # %% ../nbs/foundations/13_packing.ipynb #41e2e7bf
+def _sight(before:int, own:int, window:"int | None"=None, device=None)->Tensor:
+    "[own, before + own] bool: the keys each query sees, `before` of them older than its piece."
+    seen = torch.ones(own, before + own, dtype=torch.bool, device=device).tril(before)
+    return seen if window is None else seen.triu(before - window + 1)
+
 def packed_layout(prompt_ids:list, completion_ids:list, whole:bool=False)->PackedCandidates:
     "`pack_candidates` of candidates that are known to be good."
     ids, positions, predict = [], [], []
@@ -76,10 +90,8 @@ def packed_layout(prompt_ids:list, completion_ids:list, whole:bool=False)->Packe
         parts = _group_places(prompt, completions, len(ids), whole)
         for row, part in zip((ids, positions, predict), parts): row += part
     if not ids: raise InputError("A batch without completions. Give at least one candidate.")
-    groups = tuple((len(p), *(len(c) - (not whole) for c in cs))
-                   for p, cs in zip(prompt_ids, completion_ids) if cs)
-    visible = {(p, own): torch.ones(own, p + own, dtype=torch.bool).tril(p)
-               for p, *owns in groups for own in owns}
+    groups = tuple(_group_sizes(p, cs, whole) for p, cs in zip(prompt_ids, completion_ids) if cs)
+    visible = {(p, own): _sight(p, own) for p, *owns in groups for own in owns}
     responses = [c for cs in completion_ids for c in cs]
     counts = torch.tensor([len(cs) for cs in completion_ids])
     return PackedCandidates(
@@ -88,32 +100,55 @@ def packed_layout(prompt_ids:list, completion_ids:list, whole:bool=False)->Packe
         torch.tensor([len(c) for c in responses]),
         torch.arange(int(counts.max())) < counts[:, None], groups, visible, whole)
 
-# %% ../nbs/foundations/13_packing.ipynb #129926e1
-PACKED_ATTENTION = "vcb_packed"
+# %% ../nbs/foundations/13_packing.ipynb #ff392179
+def packed_sequences(ids:list, # [rows] lists of token ids
+                     counted:list, # [rows] a truth value per token: is it predicted?
+                    )->PackedCandidates: # its candidates: one per row, of the tokens that count
+    "One row for sequences that share nothing. No first token counts: nothing predicts it."
+    flat, positions, predict, targets, groups, counts = [], [], [], [], [], []
+    for row, marks in zip(ids, counted):
+        places = [t for t in range(1, len(row)) if marks[t]]
+        read = max(places, default=1)
+        predict += [len(flat) + t - 1 for t in places]
+        targets += [row[t] for t in places]
+        flat += row[:read]
+        positions += range(read)
+        groups.append((read,))
+        counts.append(len(places))
+    whole = torch.ones(len(groups), 1, dtype=torch.bool)
+    numbers = map(torch.tensor, (predict, targets, counts))
+    predict, targets, counts = (x.long() for x in numbers) # an empty list gives floats
+    return PackedCandidates(torch.tensor([flat]), torch.tensor([positions]), predict, targets,
+                            counts, whole, tuple(groups), {}, False)
 
+# %% ../nbs/foundations/13_packing.ipynb #129926e1
 def packed_attention(module, query:Tensor, # [1, heads, length, head size]
                      key:Tensor, value:Tensor, # [1, key-value heads, length, head size]
                      attention_mask, # not read where there is a layout
-                     packing:"PackedCandidates | None"=None, # None: plain SDPA
-                     **kwargs, # scaling and dropout, as transformers passes them
+                     packing:"PackedCandidates | None"=None, # None: plain attention
+                     attend=None, # of a piece; None: SDPA
+                     **kwargs, # scaling, dropout, a window, as transformers passes them
                     )->tuple: # output [1, length, heads, head size], None
-    """Causal SDPA on each prompt; SDPA over `[prompt | own]` for each response.
+    """Causal attention on each prompt; attention over `[prompt | own]` for each response.
 
     Registered with transformers as `vcb_packed`. No response sees another, and no mask of the
     whole row is ever built.
     """
+    attend = attend or sdpa_attention_forward
     if packing is None:
         if attention_mask is not None and not attention_mask.numel():
             raise InputError(f"{type(module).__name__} was not handed the layout of packed "
                              "candidates. Set way='rows' for this model.")
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return attend(module, query, key, value, attention_mask, **kwargs)
     # One split, not many slices: its backward is one concatenation.
     sizes = [size for group in packing.groups for size in group]
     row = query, key, _out_of_fused(value, key)
     pieces, out = zip(*(x.split(sizes, dim=2) for x in row)), []
+    sees = partial(_sees, packing, kwargs.get("sliding_window"))
+    attend = partial(attend, module, **kwargs)
     for lengths in packing.groups:
         group = [next(pieces) for _ in lengths]
-        out += _attend_group(module, group, lengths, packing, kwargs)
+        out += _attend_group(attend, group, lengths, sees, packing.lean)
     return torch.cat(out, dim=1), None
 
 def _out_of_fused(value, key)->Tensor:
@@ -122,16 +157,16 @@ def _out_of_fused(value, key)->Tensor:
     needed = buffer.data_ptr() == key.untyped_storage().data_ptr()
     return value if needed or buffer.nbytes() == value.nbytes else value.contiguous()
 
-def _attend_group(module, group:list, lengths:tuple, packing, kwargs:dict)->list:
+def _attend_group(attend, group:list, lengths:tuple, sees, lean:bool)->list:
     "Outputs of a prompt and of each of its responses that has tokens in the row."
     (_, *prompt), *responses = group
-    out = [sdpa_attention_forward(module, *group[0], None, **kwargs)[0]]
+    out = [attend(*group[0], sees(0, lengths[0]))[0]]
     for own, (query, *pieces) in zip(lengths[1:], responses):
         if not own: continue # a response of one token: the prompt predicts it
-        pairs, mask = list(zip(prompt, pieces)), packing.visible[lengths[0], own][None, None]
+        pairs = list(zip(prompt, pieces))
         joined = [torch.cat(pair, 2) for pair in pairs] # keys, values
-        with _joined_again(pairs, joined) if packing.lean else nullcontext():
-            out.append(sdpa_attention_forward(module, query, *joined, mask, **kwargs)[0])
+        with _joined_again(pairs, joined) if lean else nullcontext():
+            out.append(attend(query, *joined, sees(lengths[0], own))[0])
     return out
 
 def _joined_again(pairs:list, joined:list):
@@ -142,91 +177,146 @@ def _joined_again(pairs:list, joined:list):
         lambda x: known.get((x.data_ptr(), x.shape, x.stride()), x),
         lambda kept: torch.cat(kept, 2) if isinstance(kept, list) else kept)
 
+# %% ../nbs/foundations/13_packing.ipynb #57676aee
+def _sees(packing, window:"int | None", before:int, own:int)->"Tensor | None":
+    "[1, 1, own, before + own] bool, for all layers; None: a token sees all that come before it."
+    lengths = (before, own, window) if window and window < before + own else (before, own)
+    if lengths == (0, own): return None
+    if lengths not in packing.visible:
+        packing.visible[lengths] = _sight(*lengths, device=packing.input_ids.device)
+    return packing.visible[lengths][None, None]
+
+# %% ../nbs/foundations/13_packing.ipynb #02d50221
+def _own_attention(module, query, key, value, mask, **kwargs)->tuple:
+    "The model's own eager function. It adds its mask, and without one it would see everything."
+    if mask is None: mask = _sight(0, query.shape[2], device=query.device)
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, query.new_zeros(()), torch.finfo(query.dtype).min)
+    eager = sys.modules[_home(module)].eager_attention_forward
+    return eager(module, query, key, value, mask, **kwargs)
+
+def _home(module)->str: # such as 'transformers.models.gemma2.modeling_gemma2'
+    "Where the module's own class is defined: FSDP puts a class of torch's before it."
+    own = (c.__module__ for c in type(module).__mro__)
+    return next(name for name in own if not name.startswith("torch."))
+
+def packed_eager(module, *inputs, **kwargs)->tuple:
+    "`packed_attention` by the model's own function; registered as `vcb_packed_eager`."
+    return packed_attention(module, *inputs, attend=_own_attention, **kwargs)
+
+PACKED_ATTENTION, PACKED_EAGER = "vcb_packed", "vcb_packed_eager"
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+AttentionInterface.register(PACKED_EAGER, packed_eager)
+AttentionMaskInterface.register(PACKED_EAGER, eager_mask)
 
 # %% ../nbs/foundations/13_packing.ipynb #6d4c1a93
 # Architectures whose packed log-probs and gradients are tested against rows in float64.
-PACKABLE = ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi", "phi3", "qwen2",
-            "qwen3", "smollm3", "starcoder2")
+PACKABLE = ("cohere", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox",
+            "gpt_oss", "granite", "llama", "mistral", "mixtral", "olmo2", "olmoe", "opt", "phi",
+            "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2")
+_EAGER = ("gemma2", "gpt_oss") # those whose scores are more than SDPA can compute
+_OWN_CODE = "its attention is code of its own, which transformers lets no function replace"
+_UNPACKABLE = {**dict.fromkeys(("bloom", "falcon", "gpt_neo", "gptj"), _OWN_CODE),
+               "stablelm": "its layers do not pass the layout on to their attention"}
+
+def _packed_name(config)->"str | None":
+    "The packed form of a model's attention, or None."
+    name = config._attn_implementation
+    if name in ("sdpa", PACKED_ATTENTION): return PACKED_ATTENTION
+    return PACKED_EAGER if name in ("eager", PACKED_EAGER) and config.model_type in _EAGER else None
 
 def _refuse_architecture(base, config)->str:
     "A reason why the model's code does not fit, or ''."
     name = base.config.model_type # of the whole: a text model may sit inside another one
-    # FSDP puts a class of torch's before the model's own.
-    own = next(c for c in type(base).__mro__ if not c.__module__.startswith("torch."))
-    known = name in PACKABLE and own.__module__.startswith("transformers.")
+    known = name in PACKABLE and _home(base).startswith("transformers.")
+    if {*(getattr(config, "layer_types", None) or ())} & {"linear_attention", "conv", "hybrid"}:
+        return "it has layers that carry a state from token to token"
+    if name in _UNPACKABLE: return _UNPACKABLE[name]
     if not known or not (_is_reward_model(base) or accepts(base, "logits_to_keep")):
         return f"the architecture {name} is not among those tested with packing"
-    if config._attn_implementation not in ("sdpa", PACKED_ATTENTION):
+    if not _packed_name(config):
         return f"its attention is '{config._attn_implementation}', and packing needs 'sdpa'"
     return ""
 
 def _is_reward_model(base)->bool: return type(base).__name__.endswith("ForSequenceClassification")
 
 # %% ../nbs/foundations/13_packing.ipynb #c40c3ae2
-_SCALES = {"logit_scale": 1., "logits_scaling": 1., "attn_logit_softcapping": None,
-           "final_logit_softcapping": None}
+# Settings of what is done to logits after the head, with the values that do nothing.
+_SCALES = {"logit_scale": 1., "logits_scaling": 1., "final_logit_softcapping": None}
+_AFTER_HEAD = {"cohere": "logit_scale", "granite": "logits_scaling",
+               "gemma2": "final_logit_softcapping", "gemma3_text": "final_logit_softcapping"}
 
 def _refuse_config(config, length)->str:
     "A reason in the model's settings, or ''."
-    window = getattr(config, "sliding_window", None)
-    length = length or getattr(config, "max_position_embeddings", 0)
-    if window and length > window:
-        return f"its sliding window of {window} tokens is shorter than a sequence"
+    windows = "sliding_window" in inspect.signature(type(config)).parameters
+    if getattr(config, "sliding_window", None) and not windows:
+        return "its architecture has no sliding window, but its config has one"
+    if getattr(config, "use_bidirectional_attention", False): return "it reads in both directions"
+    if getattr(config, "output_router_logits", False):
+        return "its router's loss is taken over a batch's tokens (output_router_logits=True)"
     for name, neutral in _SCALES.items():
-        if getattr(config, name, neutral) != neutral:
+        known = name == _AFTER_HEAD.get(config.model_type)
+        if not known and getattr(config, name, neutral) != neutral:
             return f"it changes its logits ({name}={getattr(config, name)})"
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
-        return f"its rotary frequencies ('{rope}') depend on the longest sequence of a batch"
+    return _refuse_rope(config, length)
+
+def _refuse_rope(config, length)->str:
+    "A reason in the rotary frequencies of some layers, or ''."
+    rope = getattr(config, "rope_parameters", None) or {}
+    context = getattr(config, "max_position_embeddings", 0)
+    for one in (rope, *(v for v in rope.values() if isinstance(v, dict))):
+        kind, short = one.get("rope_type"), one.get("original_max_position_embeddings", context)
+        if kind in ("dynamic", "longrope") and (length or context) >= short:
+            return (f"from {short} tokens on, its rotary frequencies ('{kind}') depend on the "
+                    "longest sequence of a batch")
     return ""
 
 # %% ../nbs/foundations/13_packing.ipynb #434d9098
 def _refuse_head(base)->str:
-    "A reason in the vocabulary head or the score head, or ''."
-    reward = _is_reward_model(base)
-    head = getattr(base, "score", None) if reward else base.get_output_embeddings()
-    if isinstance(head, nn.Linear): return ""
-    return f"an adapter sits on its {'score' if reward else 'vocabulary'} head"
+    "A reason in the vocabulary head, or ''. A score head may be any module."
+    if _is_reward_model(base) or isinstance(base.get_output_embeddings(), nn.Linear): return ""
+    return "an adapter sits on its vocabulary head"
 
-def _refuse_modules(model)->str:
-    "A reason in the adapters, or dropout in training, or ''."
+def _refuse_modules(model, shares:bool)->str:
+    "A reason in the adapters, or dropout in training where tokens are shared, or ''."
     for module in model.modules():
         if getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False):
             return "a prompt-tuning adapter adds tokens of its own"
-    if model.training and any(map(_drops, model.modules())):
-        return "dropout is on, and candidates would share the prompt's"
+    if shares and model.training and any(map(_drops, model.modules())):
+        return "dropout, or a router's noise, is on, and responses would share the prompt's"
     return ""
 
 def _drops(module)->bool:
-    "Has the module a dropout probability above 0, as a layer of its own or for its attention?"
+    "Has it a dropout probability (a layer's, its attention's) or a router's noise above 0?"
     if isinstance(module, nn.Dropout): return module.p > 0
-    return any("drop" in name and isinstance(value, float) and value > 0
+    return any(("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0
                for name, value in vars(module).items())
 
 # %% ../nbs/foundations/13_packing.ipynb #9a672e3d
 def supports_packing(model, # causal LM or reward model, possibly wrapped (DDP, PEFT)
                      length:"int | None"=None, # longest prompt + response; None: the context
+                     shares:bool=True, # are prompts shared? Whole sequences share nothing
                     )->tuple: # (bool, reason: why not, in words, or '')
-    "Would this model give packed candidates what it gives rows? Models not known to are rejected."
+    "Would this model give a packed row what it gives rows? Models not known to are rejected."
     config = unwrap(model).config.get_text_config()
     checks = (_refuse_architecture(unwrap(model), config), _refuse_config(config, length),
-              _refuse_head(unwrap(model)), _refuse_modules(model))
+              _refuse_head(unwrap(model)), _refuse_modules(model, shares))
     reason = next(filter(None, checks), "")
     return not reason, reason
 
-def enable_packing(model, length:"int | None"=None):
+def enable_packing(model, length:"int | None"=None, shares:bool=True):
     """Set the attention function, once: without a layout it is plain SDPA, so it stays set.
 
     It cannot be switched off after the forward: gradient checkpointing runs the forward again.
     `InputError` says why a model cannot be packed.
     """
-    supported, reason = supports_packing(model, length)
+    supported, reason = supports_packing(model, length, shares)
     if not supported:
         raise InputError(f"The model cannot be packed: {reason}. Set way='rows'.")
-    if unwrap(model).config._attn_implementation != PACKED_ATTENTION:
-        unwrap(model).set_attn_implementation(PACKED_ATTENTION)
+    base = unwrap(model)
+    packed = _packed_name(base.config.get_text_config())
+    if base.config._attn_implementation != packed: base.set_attn_implementation(packed)
     return model
 
 # %% ../nbs/foundations/13_packing.ipynb #63c5c61d
@@ -250,11 +340,12 @@ def _blocks(weight, bias, targets, columns:int, dtype):
         yield _Block(start, weight[part].to(dtype), None if bias is None else
                      bias[part].to(dtype), tokens, targets[tokens] - start)
 
-def _logits(hidden, block, room)->Tensor: # [tokens, columns] fp32, or float64
+def _logits(hidden, block, room, cap=None)->Tensor: # [tokens, columns] fp32, or float64
     "Logits of a block, computed in `room`; they stay there unless a product is of less precision."
     if block.bias is None: logits = torch.mm(hidden, block.weight.T, out=room)
     else: logits = torch.addmm(block.bias, hidden, block.weight.T, out=room)
-    return logits if logits.dtype == torch.float64 else logits.float()
+    if logits.dtype != torch.float64: logits = logits.float()
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 # %% ../nbs/foundations/13_packing.ipynb #9d117025
 class _OnlineSoftmax:
@@ -334,18 +425,23 @@ class _HeadLogps(torch.autograd.Function):
     neither: the gradient of the hidden states is formed in the forward.
     """
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, columns, keep, entropy):
+    def forward(ctx, hidden, weight, bias, targets, columns, keep, entropy, cap=None):
         ctx.frozen = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
         keep = keep and not ctx.frozen
-        ctx.columns, ctx.kept, softmax = columns, {}, _OnlineSoftmax(hidden, entropy)
+        ctx.columns, ctx.kept, ctx.cap = columns, {}, cap
+        softmax = _OnlineSoftmax(hidden, entropy)
         rooms, pull = _Rooms(hidden, keep), 0. # pull: [tokens, hidden size] in the end
         ctx.gradient = rooms.gradient(weight, columns) if keep else None
         for block in _blocks(weight, bias, targets, columns, hidden.dtype):
-            masses, fade = softmax.add(_logits(hidden, block, room := rooms.take(block)), block)
+            logits = _logits(hidden, block, room := rooms.take(block), cap)
+            masses, fade = softmax.add(logits, block)
             if keep: ctx.kept[block.start] = room.copy_(masses), softmax.top
-            if ctx.frozen: pull = pull * fade + masses.to(hidden.dtype) @ block.weight
+            if ctx.frozen:
+                masses = _bent(masses, softmax.top, cap).to(hidden.dtype)
+                pull = pull * fade + masses @ block.weight
         logps, spread = softmax.logps(), softmax.entropies()
-        pull = weight[targets] - pull / softmax.total if ctx.frozen else None
+        if ctx.frozen: pull = _bend(softmax.target, cap) * weight[targets] - pull / softmax.total
+        else: pull = None
         ctx.save_for_backward(hidden, weight, bias, targets, logps, softmax.norm(), pull)
         ctx.mark_non_differentiable(spread)
         return logps[:, 0], spread
@@ -354,15 +450,17 @@ class _HeadLogps(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, weight, bias, targets, logps, norm, pull = ctx.saved_tensors
         grad = grad[:, None]
-        if ctx.frozen: return (pull * grad).to(hidden.dtype), *[None] * 6
+        if ctx.frozen: return (pull * grad).to(hidden.dtype), *[None] * 7
         to_weight, ctx.gradient = ctx.gradient, None # another backward needs memory of its own
         if to_weight is None: to_weight = torch.empty_like(weight)
         to_bias = None if bias is None else torch.empty_like(bias)
         # A target's slope is 1 - p, exact where p is rounded; all others are -p.
-        odds, rooms = -torch.expm1(logps), _Rooms(hidden, keep=False)
+        odds = -torch.expm1(logps) * _bend(logps + norm, ctx.cap)
+        rooms = _Rooms(hidden, keep=False)
         to_hidden = odds * weight[targets]
         for block in _blocks(weight, bias, targets, ctx.columns, hidden.dtype):
-            masses, scale = _others(hidden, block, norm, ctx.kept.pop(block.start, None), rooms)
+            kept = ctx.kept.pop(block.start, None)
+            masses, scale = _others(hidden, block, norm, kept, rooms, ctx.cap)
             to_hidden -= scale * (masses @ block.weight)
             scale = -scale * grad
             _product(masses.T, (scale * hidden).to(hidden.dtype), to_weight[block.rows])
@@ -371,14 +469,23 @@ class _HeadLogps(torch.autograd.Function):
         odds *= grad
         to_weight.index_add_(0, targets, (odds * hidden).to(weight.dtype))
         if bias is not None: to_bias.index_add_(0, targets, odds[:, 0].to(bias.dtype))
-        return (to_hidden * grad).to(hidden.dtype), to_weight, to_bias, None, None, None, None
+        return (to_hidden * grad).to(hidden.dtype), to_weight, to_bias, *[None] * 5
 
-def _others(hidden, block, norm, kept, rooms)->tuple: # [tokens, columns] and [tokens, 1]
-    "Probabilities of all but the targets in a block, in the products' precision, and their scale."
-    if kept is None: kept = _logits(hidden, block, rooms.take(block)).sub_(norm).exp_(), norm
+# %% ../nbs/foundations/13_packing.ipynb #ef852459
+def _others(hidden, block, norm, kept, rooms, cap)->tuple: # [tokens, columns] and [tokens, 1]
+    "Slopes of all but the targets in a block, in the products' precision, and their scale."
+    if kept is None: kept = _logits(hidden, block, rooms.take(block), cap).sub_(norm).exp_(), norm
     masses, top = kept
     masses[block.tokens, block.places] = 0
-    return masses.to(hidden.dtype), (top - norm).exp()
+    return _bent(masses, top, cap).to(hidden.dtype), (top - norm).exp()
+
+def _bend(logits, cap)->"Tensor | float":
+    "Slope of cap · tanh(z / cap), from its value."
+    return 1. if cap is None else 1 - (logits / cap).square()
+
+def _bent(masses, top, cap)->Tensor: # like masses, which are exp(logits - top)
+    "Masses times the slope of the cap. A mass of 0 has lost its logit, and stays 0."
+    return masses if cap is None else masses * _bend(masses.log() + top, cap).clamp_(min=0)
 
 def _product(left, right, out)->None:
     "left @ right into `out`, without a temporary where the precision is the same."
@@ -392,7 +499,7 @@ HEAD_COLUMNS = 512 # at least, so that the products stay large
 
 def _head_plan(head, tokens:int, head_bytes:int)->tuple: # columns at a time, keep?
     "Keep the blocks where the budget allows it, else compute them again in the backward."
-    column = tokens * (8 if head.weight.dtype == torch.float64 else 4)
+    column = max(1, tokens) * (8 if head.weight.dtype == torch.float64 else 4)
     block = 2**28 if head.weight.is_cuda else max(HEAD_BLOCK, HEAD_COLUMNS * column)
     keep = torch.is_grad_enabled() and head.out_features * column <= head_bytes
     columns = max(1, min(block, head_bytes) // column)
@@ -400,15 +507,17 @@ def _head_plan(head, tokens:int, head_bytes:int)->tuple: # columns at a time, ke
     # of two apart fall on the same lines of the cache.
     return columns if columns < 64 else (columns // 64 - 1 | 1) * 64, keep
 
-def _blockwise_head(head, targets, entropy, columns, keep):
+def _blockwise_head(head, targets, entropy, columns, keep, scale=1., cap=None):
     """A forward for the head that gives its targets' log-probs [1, tokens, 1] in place of logits,
     with the entropies beside them [1, tokens, 2] where they are wanted."""
     def forward(hidden):
-        kind = hidden.device.type
+        kind, bias = hidden.device.type, head.bias
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with torch.autocast(kind, enabled=False): # the backward runs without autocast too
-            logps, spread = _HeadLogps.apply(hidden[0].to(dtype), head.weight, head.bias, targets,
-                                             columns, keep, entropy)
+            hidden = hidden[0].to(dtype)
+            if scale != 1: hidden, bias = hidden * scale, None if bias is None else bias * scale
+            logps, spread = _HeadLogps.apply(hidden, head.weight, bias, targets, columns, keep,
+                                             entropy, cap)
         return torch.stack([logps, spread] if entropy else [logps], -1)[None]
     return forward
 
@@ -418,6 +527,22 @@ def _replaced(head, forward):
     head.forward = forward
     try: yield
     finally: del head.forward
+
+# %% ../nbs/foundations/13_packing.ipynb #d6e76e26
+@contextmanager
+def _taken_over(base):
+    "The root model hands on what its head gives; yields what it does else, for the head to do."
+    name = _AFTER_HEAD.get(base.config.model_type)
+    owner = base if name in vars(base) else base.config # Cohere has a copy of its setting
+    value, nothing = getattr(owner, name) if name else None, _SCALES.get(name)
+    if value == nothing:
+        yield {}
+        return
+    setattr(owner, name, nothing)
+    if name == "final_logit_softcapping": rest = {"cap": value}
+    else: rest = {"scale": value if name == "logit_scale" else 1 / value}
+    try: yield rest
+    finally: setattr(owner, name, value)
 
 # %% ../nbs/foundations/13_packing.ipynb #4ede8d71
 def packed_token_logps(model, # causal LM of `enable_packing`, possibly wrapped (DDP, PEFT)
@@ -433,24 +558,24 @@ def packed_token_logps(model, # causal LM of `enable_packing`, possibly wrapped 
     # Offloading and quantised layers have a forward of their own, ZeRO-3 gathers the weight.
     own = "forward" in vars(head) or type(head).forward is not nn.Linear.forward
     special = own or hasattr(head.weight, "ds_id")
+    inputs = dict(_packed_inputs(model, packing), logits_to_keep=packing.predict)
+    if special: return logps_of_logits(model(**inputs).logits[0], targets, entropy)
     plan = _head_plan(head, len(targets), head_bytes)
-    blockwise = nullcontext() if special else _replaced(
-        head, _blockwise_head(head, targets, entropy, *plan))
-    # Under checkpointing autograd keeps none of them, and hooks of ours would keep the pieces.
-    lean = torch.is_grad_enabled() and not any(map(_is_checkpointed, model.modules()))
-    inputs = _packed_inputs(replace(packing, lean=lean))
-    with blockwise: out = model(**inputs, logits_to_keep=packing.predict).logits[0]
-    return logps_of_logits(out, targets, entropy) if special else out
+    with _taken_over(unwrap(model)) as rest:
+        forward = _blockwise_head(head, targets, entropy, *plan, **rest)
+        with _replaced(head, forward): return model(**inputs).logits[0]
 
 def _is_checkpointed(module)->bool: return getattr(module, "gradient_checkpointing", False)
 
-def _packed_inputs(packing:PackedCandidates)->dict:
+def _packed_inputs(model, packing:PackedCandidates)->dict:
     "What a transformers model is called with."
+    # Under checkpointing autograd keeps none of them, and hooks of ours would keep the pieces.
+    lean = torch.is_grad_enabled() and not any(map(_is_checkpointed, model.modules()))
     # A 4D mask keeps transformers from building one. With a layout nobody reads it; an empty one
     # makes a layer that the layout does not reach fail, not leak.
     mask = torch.ones(1, 1, 0, 0, dtype=torch.bool, device=packing.input_ids.device)
     return dict(input_ids=packing.input_ids, attention_mask=mask, use_cache=False,
-                position_ids=packing.position_ids, packing=packing)
+                position_ids=packing.position_ids, packing=replace(packing, lean=lean))
 
 # %% ../nbs/foundations/13_packing.ipynb #c1168baa
 def logps_of_logits(logits:Tensor, # [tokens, vocabulary]
@@ -467,16 +592,26 @@ def logps_of_logits(logits:Tensor, # [tokens, vocabulary]
 def last_places(packing:PackedCandidates)->Tensor: # [rows]
     "Place of the last token of each response in a row of whole responses."
     sizes = torch.tensor([size for group in packing.groups for size in group])
-    prompts = [i == 0 for group in packing.groups for i in range(len(group))]
-    return (sizes.cumsum(0) - 1)[~torch.tensor(prompts)].to(packing.input_ids.device)
+    shared = [i == 0 and len(group) > 1 for group in packing.groups for i in range(len(group))]
+    return (sizes.cumsum(0) - 1)[~torch.tensor(shared)].to(packing.input_ids.device)
 
-def packed_scores(model, # reward model of `enable_packing`
+@contextmanager
+def _reading(head, places:Tensor, length:int):
+    """The score head reads these places only, and gives the root model all their scores
+    [1, length, rows] at whatever place it takes for the last."""
+    hooks = (head.register_forward_pre_hook(lambda _, args: (args[0][:, places],)),
+             head.register_forward_hook(lambda _, args, out: out.mT.expand(1, length, -1)))
+    try: yield
+    finally:
+        for hook in hooks: hook.remove()
+
+def packed_scores(model, # reward model of `enable_packing`, possibly wrapped (DDP, PEFT)
                   packing:PackedCandidates, # of whole responses, on the model's device
-                 )->Tensor: # [rows], in the order of the responses
+                 )->Tensor: # [rows], in the order of the responses; differentiable
     "The reward model's score of each response, its trunk run once over each prompt."
-    base = unwrap(model)
-    hidden = base.base_model(**_packed_inputs(packing)).last_hidden_state[0]
-    return base.score(hidden[last_places(packing)])[:, 0]
+    places, length = last_places(packing), packing.input_ids.shape[1]
+    with _reading(unwrap(model).score, places, length):
+        return model(**_packed_inputs(model, packing)).logits[0]
 
 # %% ../nbs/foundations/13_packing.ipynb #27e81dfe
 def packed_batches(prompt_ids:list, # [prompts]

@@ -24,9 +24,11 @@ from .chat import as_turns, check_chat, prompt_key
 from .data import counting_dropped, encode_prompt, encode_response, load_pairs, warn_shared
 from .judges import end_at_turn
 from .loading import LoadingSettings, load_tokenizer, new_reward_model
+from .logprobs import WAYS, same_way
 from .measures import reward_metrics
-from .settings import REQUIRED, check_least, check_required, option
-from .training import (EvenTrainer, TrainingDefaults, check_share, check_training,
+from .packing import packed_layout, packed_scores
+from .settings import REQUIRED, check_choice, check_least, check_required, option
+from .training import (PackedTrainer, TrainingDefaults, check_share, check_training,
                              checkpoint_args, final_loss, held_out_split, remove_checkpoints,
                              run_training, save_adapter)
 
@@ -78,6 +80,28 @@ def pair_loss(outputs, labels, num_items_in_batch=None, *, center_coefficient:fl
     loss = bradley_terry_loss(chosen, rejected, labels, center_coefficient) * (labels != -100)
     return loss.mean() if num_items_in_batch is None else loss.sum() / num_items_in_batch
 
+# %% ../nbs/stages/03_reward.ipynb #7cd1889e
+def _pair_groups(chosen:list, rejected:list)->list: # (what is shared, [what is not]), one or two
+    "What both sides begin with, and the rest of each: at least the token at which it is judged."
+    ends = zip(chosen[:-1], rejected[:-1])
+    most = min(len(chosen), len(rejected)) - 1
+    shared = next((i for i, (a, b) in enumerate(ends) if a != b), most)
+    if not shared: return [([], [chosen]), ([], [rejected])]
+    return [(chosen[:shared], [chosen[shared:], rejected[shared:]])]
+
+def collate_packed_pairs(rows:list, # of `encode_pair`
+                        )->dict: # labels [pairs]: margins; input_ids [1, length], batch
+    "The same batch as one row, in which a pair's common beginning stands once."
+    groups = [group for row in rows
+              for group in _pair_groups(row["chosen_ids"], row["rejected_ids"])]
+    layout = packed_layout(*zip(*groups), whole=True)
+    margins = torch.tensor([row["margin"] for row in rows])
+    return dict(labels=margins, input_ids=layout.input_ids, batch=layout)
+
+def side_scores(model, layout)->torch.Tensor: # [2 · pairs, 1]
+    "The scores of a batch of `collate_packed_pairs`: all chosen, then all rejected."
+    return packed_scores(model, layout).view(-1, 2).T.reshape(-1, 1)
+
 # %% ../nbs/stages/03_reward.ipynb #28bef69c
 @dataclass
 class RewardConfig(TrainingDefaults, LoadingSettings):
@@ -95,6 +119,9 @@ class RewardConfig(TrainingDefaults, LoadingSettings):
     eval_pairs: str | None = option(None, "Held-out pairs. None takes eval_share of pairs.",
                                     source=True)
     eval_share: float = option(.05, "Share of pairs that is held out; 0 holds out none.")
+    way: str = option("auto",
+        "How pairs are computed: 'shared' (packed into one row, a pair's prompt once), 'rows' "
+        "(padded), or 'auto' (packed where the model allows it).", decides=False)
     use_margin: bool = option(True, "Use the column margin if there is one.")
     center_rewards_coefficient: float | None = option(None,
         "Weight of (r_chosen + r_rejected)², which keeps the rewards' level near 0; try 0.01.")
@@ -114,6 +141,7 @@ class RewardConfig(TrainingDefaults, LoadingSettings):
 
     def __post_init__(self):
         check_required(self)
+        check_choice("way", self.way, WAYS)
         check_least(self, max_prompt_length=1, max_length=2, n_bins=1, center_rewards_coefficient=0)
         check_share(self.eval_share)
         check_lora(self.peft_config)
@@ -165,17 +193,19 @@ def _step_metrics(prediction)->dict: # loss, accuracy, margin
             "margin": (chosen - rejected).mean().item()}
 
 def reward_trainer(config:RewardConfig, model, tokenizer, train, held_out=None,
-                   **kwargs)->EvenTrainer:
-    "An `EvenTrainer` with the Bradley–Terry loss."
+                   **kwargs)->PackedTrainer:
+    "A `PackedTrainer` with the Bradley–Terry loss."
     loss = partial(pair_loss, center_coefficient=config.center_rewards_coefficient or 0.)
+    way = same_way(config, model.train(), length=config.max_length)
     # The model reads its last token that is not padding, so padding must not be EOS.
-    collate = partial(collate_pairs, pad_id=model.config.pad_token_id)
-    return EvenTrainer(model, checkpoint_args(config), collate, train, held_out, tokenizer,
-                       compute_loss_func=loss, compute_metrics=_step_metrics,
-                       preprocess_logits_for_metrics=split_scores, **kwargs)
+    collate = (collate_packed_pairs if way == "shared" else
+               partial(collate_pairs, pad_id=model.config.pad_token_id))
+    return PackedTrainer(model, checkpoint_args(config), collate, train, held_out, tokenizer,
+                         read=side_scores, compute_loss_func=loss, compute_metrics=_step_metrics,
+                         preprocess_logits_for_metrics=split_scores, **kwargs)
 
 # %% ../nbs/stages/03_reward.ipynb #847d2d05
-def held_out_report(trainer:EvenTrainer, config:RewardConfig)->dict: # of `reward_metrics`
+def held_out_report(trainer:PackedTrainer, config:RewardConfig)->dict: # of `reward_metrics`
     "Score the held-out pairs, if there are any, and write `output_dir/evaluation.json`."
     if trainer.eval_dataset is None: return {}
     chosen, rejected = trainer.predict(trainer.eval_dataset).predictions.T

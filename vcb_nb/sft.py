@@ -24,10 +24,12 @@ from .chat import as_turns, chat_completion, check_chat
 from .data import (counting_dropped, encode_completion, encode_prompt, load_demonstrations,
                          load_texts, warn_shared)
 from .loading import QuantizedLoading, load_policy, load_tokenizer
+from .logprobs import WAYS, checked_logps, same_way
 from .models import check_architecture, new_policy
+from .packing import packed_sequences
 from .settings import REQUIRED, check_choice, check_least, check_required, option
 from .tokenizers import filler_id, match_tokenizer
-from .training import (EvenTrainer, TrainingDefaults, check_share, check_training,
+from .training import (PackedTrainer, TrainingDefaults, check_share, check_training,
                              checkpoint_args, final_evaluation, final_loss, held_out_split,
                              remove_checkpoints, run_training, save_adapter)
 
@@ -107,6 +109,9 @@ class SFTConfig(TrainingDefaults, QuantizedLoading):
         "Messages: loss on every turn of the assistant in the completion; false: on the last one.")
     max_prompt_length: int = option(512, "Tokens of a prompt; longer ones are cut at the start.")
     max_length: int = option(1024, "Tokens of prompt and completion together, or of a text block.")
+    way: str = option("auto",
+        "How rows are computed: 'shared' (packed into one, without padding), 'rows' (padded), or "
+        "'auto' (packed where the model allows it).", decides=False)
     eval_data: str | None = option(None, "Held-out data. None takes eval_share of data.",
                                    source=True)
     eval_share: float = option(.05, "Share of data that is held out; 0 holds out none.")
@@ -122,6 +127,7 @@ class SFTConfig(TrainingDefaults, QuantizedLoading):
     def __post_init__(self):
         check_required(self)
         check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("way", self.way, WAYS)
         check_least(self, max_prompt_length=1, max_length=2)
         check_share(self.eval_share)
         check_lora(self.peft_config)
@@ -203,13 +209,46 @@ def token_loss(prediction)->dict: # {'loss': nats per token}
     nll, tokens = np.asarray(prediction.predictions, dtype=np.float64).sum(0)
     return {"loss": nll / max(tokens, 1)}
 
+# %% ../nbs/stages/02_sft.ipynb #ec0de7be
+def collate_packed(rows:list)->dict: # labels as of `collate_rows`; input_ids [1, length], batch
+    "The same batch as one row without padding; its layout says which tokens carry a loss."
+    labels = collate_rows(rows, 0)["labels"]
+    layout = packed_sequences([row["input_ids"] for row in rows], (labels != -100).tolist())
+    return dict(labels=labels, input_ids=layout.input_ids, batch=layout)
+
+def packed_losses(logps, # [rows, 1] log-likelihood in nats, or a tuple that starts with it
+                  labels, # as for `row_losses`
+                 )->torch.Tensor: # the same
+    "`row_losses` of rows that are packed. A row whose labels were blanked adds nothing."
+    logps = logps[0] if isinstance(logps, tuple) else logps
+    tokens = (labels[:, 1:] != -100).sum(1)
+    return torch.stack([-logps[:, 0].masked_fill(tokens == 0, 0.), tokens.to(logps.dtype)], dim=1)
+
+def packed_loss(outputs, labels, num_items_in_batch=None):
+    "A batch's loss as the `Trainer` wants it: its sum, divided by the tokens of the whole step."
+    nll, tokens = packed_losses(outputs.logits, labels).sum(0)
+    return nll / (tokens if num_items_in_batch is None else num_items_in_batch)
+
 # %% ../nbs/stages/02_sft.ipynb #9d11f28a
-def sft_trainer(config:SFTConfig, model, tokenizer, train, held_out=None, **kwargs)->EvenTrainer:
-    "An `EvenTrainer`: the data and the evaluation are ours, the loss is the model's own."
-    collate = partial(collate_rows, pad_id=filler_id(model, tokenizer))
-    return EvenTrainer(model, checkpoint_args(config), collate, train, held_out, tokenizer,
-                       compute_metrics=token_loss, preprocess_logits_for_metrics=row_losses,
-                       **kwargs)
+def _refuse_settings(config:SFTConfig)->str:
+    "A reason of the settings against packing, or ''."
+    if config.label_smoothing_factor: return "label smoothing needs all logits"
+    if config.use_liger_kernel: return "Liger's kernels compute the loss themselves"
+    return ""
+
+def sft_trainer(config:SFTConfig, model, tokenizer, train, held_out=None, **kwargs)->PackedTrainer:
+    "A `PackedTrainer` of whole sequences; where they are padded rows, the loss is the model's own."
+    way = same_way(config, model.train(), refused=_refuse_settings(config),
+                   length=config.max_length, shares=False)
+    if way == "shared":
+        collate = collate_packed
+        options = dict(read=checked_logps, compute_loss_func=packed_loss,
+                       preprocess_logits_for_metrics=packed_losses)
+    else:
+        collate = partial(collate_rows, pad_id=filler_id(model, tokenizer))
+        options = dict(preprocess_logits_for_metrics=row_losses)
+    return PackedTrainer(model, checkpoint_args(config), collate, train, held_out, tokenizer,
+                         compute_metrics=token_loss, **options, **kwargs)
 
 # %% ../nbs/stages/02_sft.ipynb #20c0a004
 def check_sft(config:SFTConfig, ahead)->None:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState,
                           TrainingArguments)
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import TrainOutput
 
 from .artifacts import InputError, Progress, fingerprint, write_jsonl
@@ -508,6 +509,21 @@ class EvenTrainer(ResumingTrainer):
             repeats = repeated_rows(len(column), self.accelerator.process_index, state.remainder)
             column[repeats.to(column.device)] = self.nothing
         return batch
+
+# %% ../nbs/foundations/17_training.ipynb #3990744c
+class PackedTrainer(EvenTrainer):
+    "An `EvenTrainer` whose batches may hold a layout `batch`; `compute_loss_func` gets its values."
+    def __init__(self, *args, read=None, # (model, layout) -> values [rows, …], as 'logits'
+                 **kwargs):
+        super().__init__(*args, **kwargs)
+        self.read = read
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if "batch" in inputs: model = functools.partial(self._outputs, model)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _outputs(self, model, batch, **others)->CausalLMOutput:
+        return CausalLMOutput(logits=self.read(model, batch.to(self.args.device)))
 
 # %% ../nbs/foundations/17_training.ipynb #de26e789
 def checkpoint_folder(config)->Path:
