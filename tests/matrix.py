@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.calibrate import CalibrationConfig, calibrate
+from vcb_nb.decoding import refuse_sharing
 from vcb_nb.diagnosis import DiagnoseConfig, diagnose
 from vcb_nb.judges import reward_scores
 from vcb_nb.loading import load_policy, load_reward_model, new_reward_model
@@ -17,7 +18,7 @@ from vcb_nb.logprobs import score_logps
 from vcb_nb.measures import calibration_gaps
 from vcb_nb.models import new_config
 from vcb_nb.packing import supports_packing
-from vcb_nb.sample import _refuse_sharing, sample_candidates
+from vcb_nb.sample import sample_candidates
 from vcb_nb.saving import save_model
 
 PAGE = Path(__file__).parent.parent/"nbs"/"models.qmd"
@@ -110,7 +111,7 @@ class Trial:
         close(logps, plain(self.saved, self.ids))
         self.file = candidate_file(self.folder/"candidates.jsonl", self.tokenizer, self.ids,
                                    logps)
-        return "rows" if _refuse_sharing(self.model) else "packed"
+        return "rows" if refuse_sharing(self.model) else "packed"
 
     def log_probs(self):
         close(score_logps(self.model, PROMPTS, self.ids), plain(self.saved, self.ids))

@@ -107,6 +107,8 @@ def packed_attention(module, query:Tensor, # [1, heads, length, head size]
             raise InputError(f"{type(module).__name__} was not handed the layout of packed "
                              "candidates. Set way='rows' for this model.")
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if not isinstance(packing, PackedCandidates): # a layout that attends itself, as in decoding
+        return packing.attend(module, query, key, value, **kwargs), None
     # One split, not many slices: its backward is one concatenation.
     sizes = [size for group in packing.groups for size in group]
     row = query, key, _out_of_fused(value, key)
@@ -438,13 +440,15 @@ def packed_token_logps(model, # causal LM of `enable_packing`, possibly wrapped 
         head, _blockwise_head(head, targets, entropy, *plan))
     # Under checkpointing autograd keeps none of them, and hooks of ours would keep the pieces.
     lean = torch.is_grad_enabled() and not any(map(_is_checkpointed, model.modules()))
-    inputs = _packed_inputs(replace(packing, lean=lean))
+    inputs = packed_inputs(replace(packing, lean=lean))
     with blockwise: out = model(**inputs, logits_to_keep=packing.predict).logits[0]
     return logps_of_logits(out, targets, entropy) if special else out
 
 def _is_checkpointed(module)->bool: return getattr(module, "gradient_checkpointing", False)
 
-def _packed_inputs(packing:PackedCandidates)->dict:
+
+# %% ../nbs/foundations/13_packing.ipynb #10fa3a8b
+def packed_inputs(packing)->dict:
     "What a transformers model is called with."
     # A 4D mask keeps transformers from building one. With a layout nobody reads it; an empty one
     # makes a layer that the layout does not reach fail, not leak.
@@ -475,7 +479,7 @@ def packed_scores(model, # reward model of `enable_packing`
                  )->Tensor: # [rows], in the order of the responses
     "The reward model's score of each response, its trunk run once over each prompt."
     base = unwrap(model)
-    hidden = base.base_model(**_packed_inputs(packing)).last_hidden_state[0]
+    hidden = base.base_model(**packed_inputs(packing)).last_hidden_state[0]
     return base.score(hidden[last_places(packing)])[:, 0]
 
 # %% ../nbs/foundations/13_packing.ipynb #27e81dfe
