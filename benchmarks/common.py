@@ -21,6 +21,9 @@ from vcb_nb.models import new_policy
 # layers, hidden size and heads; their vocabulary has 50304 entries
 PYTHIA = {"pythia-160m": (12, 768, 12), "pythia-410m": (24, 1024, 16),
           "pythia-1b": (16, 2048, 8), "pythia-2.8b": (32, 2560, 32)}
+# SmolLM2-135M: a Llama with three key-value heads and a tied vocabulary head
+SMOLLM2 = dict(layers=30, hidden=576, heads=9, vocab=49152)
+SMOLLM2_CONFIG = dict(num_key_value_heads=3, intermediate_size=1536, tie_word_embeddings=True)
 EOS, PAD = "<eos>", "<pad>"
 # glibc reads these when a process starts: freed memory stays with the process.
 TUNED = {"MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_MMAP_THRESHOLD_": str(2**36)}
@@ -40,9 +43,9 @@ class Settings:
     prompts: int = option(1, "Prompts in a step.")
     prompt: int = option(256, "Tokens of a prompt.")
     response: str = option("64-128", "Tokens of a response: '96', or '64-128' for uneven ones.")
-    arch: Literal["gpt_neox", "gpt2", "llama", "qwen2", "qwen3", "pythia-160m", "pythia-410m",
-                  "pythia-1b", "pythia-2.8b"] = option(
-        "gpt_neox", "Architecture; a Pythia also sets layers, hidden and vocab.")
+    arch: Literal["gpt_neox", "gpt2", "llama", "qwen2", "qwen3", "smollm2-135m", "pythia-160m",
+                  "pythia-410m", "pythia-1b", "pythia-2.8b"] = option(
+        "gpt_neox", "Architecture; a Pythia or SmolLM2 also sets layers, hidden and vocab.")
     layers: int = option(6, "Layers.")
     hidden: int = option(384, "Width of the hidden states.")
     heads: int = option(0, "Attention heads; 0: one for each 64 of the width.")
@@ -57,9 +60,10 @@ class Settings:
     out: str | None = option(None, "File to append the JSON lines to; stdout if not given.")
 
     def __post_init__(self):
+        sizes = SMOLLM2 if self.arch == "smollm2-135m" else {}
         if self.arch in PYTHIA:
             sizes = dict(zip(("layers", "hidden", "heads"), PYTHIA[self.arch]), vocab=50304)
-            for name, value in sizes.items(): object.__setattr__(self, name, value)
+        for name, value in sizes.items(): object.__setattr__(self, name, value)
         if not self.heads: object.__setattr__(self, "heads", max(2, self.hidden // 64))
         least = dict(n=1, prompts=1, prompt=1, layers=1, hidden=1, vocab=3, rounds=1)
         for name, bound in least.items():
@@ -121,10 +125,12 @@ class World:
 
 def make_model(s:Settings, tokenizer):
     "A causal LM with random weights, dropout off, in training mode."
-    arch = "gpt_neox" if s.arch in PYTHIA else s.arch
+    smollm2 = s.arch == "smollm2-135m"
+    arch = "gpt_neox" if s.arch in PYTHIA else "llama" if smollm2 else s.arch
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
     sizes = dict(zip(names, (s.layers, s.hidden, s.heads)))
     sizes["max_position_embeddings"] = max(1024, s.prompt + max(s.lengths()))
+    if smollm2: sizes.update(SMOLLM2_CONFIG)
     model = new_policy(tokenizer, arch, vocab_size=s.vocab, **sizes).to(s.device).train()
     if as_dtype(s.dtype) is not torch.bfloat16: model.to(as_dtype(s.dtype))
     if s.checkpointing: model.gradient_checkpointing_enable({"use_reentrant": False})
