@@ -1,4 +1,4 @@
-"n samples of every prompt: `generate` in three ways, ours, and vLLM on the CPU where it is installed."
+"n samples of every prompt: `generate` in three ways, ours, and vLLM where it is installed."
 import json, statistics, subprocess
 from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory

@@ -1,5 +1,5 @@
-"""Decoding with the prompt's keys and values kept once, against `generate` and whole forward passes:
-every architecture that can be packed, any batch, rows that end and prompts that take their place."""
+"""Decoding with the prompt's keys and values kept once, against `generate` and whole passes: every
+architecture that can be packed, any batch, rows that end and prompts that take their place."""
 from functools import partial
 
 import pytest, torch

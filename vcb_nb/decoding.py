@@ -24,12 +24,12 @@ from .logprobs import say_once
 from .packing import enable_packing, packed_inputs, supports_packing
 from .tokenizers import end_ids, filler_id
 
-# %% ../nbs/foundations/15_decoding.ipynb #a706ecc0
+# %% ../nbs/foundations/15_decoding.ipynb #bba98f58
 def _wide(logits)->Tensor: # fp32, or float64
     return logits if logits.dtype == torch.float64 else logits.float()
 
-def _weights(logits, # [rows, vocabulary] fp32 or float64
-             temperature:float, top_p:float, top_k:int)->tuple: # weights [rows, k], tokens or None
+def _draw_weights(logits, # [rows, vocabulary] fp32 or float64
+                  temperature:float, top_p:float, top_k:int)->tuple: # weights [rows, k], tokens or None
     "Weights that tokens are drawn by, in the order of the ids; no tokens: the whole vocabulary."
     scaled, size = logits if temperature == 1 else logits / temperature, logits.shape[-1]
     k = min(top_k or size, size)
@@ -49,7 +49,7 @@ def sampling_probs(logits:Tensor, # [rows, vocabulary]
                   )->Tensor: # [rows, vocabulary] fp32 (or float64), rows sum to 1
     "The distribution that tokens are drawn from."
     logits = _wide(logits)
-    weights, tokens = _weights(logits, temperature, top_p, top_k)
+    weights, tokens = _draw_weights(logits, temperature, top_p, top_k)
     probs = weights / weights.sum(-1, keepdim=True)
     return probs if tokens is None else torch.zeros_like(logits).scatter(-1, tokens, probs)
 
@@ -92,12 +92,12 @@ def _invert(weights, # [rows, columns]
     column, _ = _passing(inside.masked_fill(beyond, 0.).cumsum(-1), left / sums.gather(-1, block))
     return block * BLOCK + column
 
-# %% ../nbs/foundations/15_decoding.ipynb #b5acc5ac
+# %% ../nbs/foundations/15_decoding.ipynb #7d2422b9
 def _draw(logits, # [rows, vocabulary] fp32 or float64
           u, temperature:float=1., top_p:float=1., top_k:int=0)->tuple: # two of [rows, 1]
     "A token per row, and the logarithm of Σ exp(logit) at temperature 1."
     if temperature == 0: return logits.argmax(-1, keepdim=True), logits.logsumexp(-1, keepdim=True)
-    weights, tokens = _weights(logits, temperature, top_p, top_k)
+    weights, tokens = _draw_weights(logits, temperature, top_p, top_k)
     sums = _block_sums(weights, u.dtype)
     column = _invert(weights, sums, u)
     if tokens is not None: return tokens.gather(-1, column), logits.logsumexp(-1, keepdim=True)
