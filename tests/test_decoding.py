@@ -85,9 +85,10 @@ def test_samples_and_logps_are_those_of_whole_passes(tiny_tokenizer, architectur
             assert draw_tokens(logits, u[:len(tokens)], **sampling).tolist() == ids[i][j]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gpt2"])
 def test_all_ways_draw_the_same(tiny_tokenizer, architecture, monkeypatch):
-    "Prompts kept once; caches repeated; `generate` with a prompt per sample."
+    """Pitfall 3: prompts kept once; caches repeated, padded on the left, their positions counted
+    from each prompt's first token; `generate` with a prompt per sample."""
     model = tiny(tiny_tokenizer, architecture)
     want, seen = drawn(model, tiny_tokenizer), forwards(model)
     monkeypatch.setattr(decoding, "supports_packing", lambda *_: (False, "a test"))

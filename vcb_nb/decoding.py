@@ -272,8 +272,8 @@ class _NextTokens:
             first += count
         return out
 
-# %% ../nbs/foundations/15_decoding.ipynb #fa262324
-PROMPT_TOKENS = 4096 # of new prompts in a forward pass, if there are several
+# %% ../nbs/foundations/15_decoding.ipynb #7fa07305
+PROMPT_TOKENS = 2048 # of new prompts in a forward pass, if there are several
 
 class _Company:
     "Samples that are decoded together; a prompt's n join as soon as there is room for them."
