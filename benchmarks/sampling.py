@@ -1,5 +1,5 @@
 "n samples of every prompt: `generate` in three ways, ours, and vLLM where it is installed."
-import json, statistics, subprocess
+import json, os, statistics, subprocess
 from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
 
@@ -126,8 +126,11 @@ def vllm_runs(world:World)->dict: # way -> (seconds, tokens made)
                    prompts=world.prompt_ids, warm_up=world.prompt_ids[0][::-1])
         for name, text in (("job.json", json.dumps(job)), ("run.py", VLLM)):
             with open(f"{folder}/{name}", "w", encoding="utf-8") as file: file.write(text)
+        threads = dict(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_CPU_KVCACHE_SPACE="2",
+                       OMP_NUM_THREADS=str(torch.get_num_threads()))
         done = subprocess.run([s.vllm_python, f"{folder}/run.py", f"{folder}/job.json",
-                               f"{folder}/out.json"], capture_output=True, text=True)
+                               f"{folder}/out.json"], capture_output=True, text=True,
+                              env={**threads, **os.environ})
         if done.returncode: raise InputError(f"vLLM failed: {done.stderr[-2000:]}")
         with open(f"{folder}/out.json", encoding="utf-8") as file: runs = json.load(file)
     return dict(zip(("vllm", "vllm_warm"), runs))

@@ -168,14 +168,20 @@ MUTANTS = [Mutant(*row) for row in [
     ("heads of queries are dealt to those of keys in turn", "decoding",
      "unflatten(0, (shared, -1)).transpose(1, 2)", "unflatten(0, (-1, shared)).permute(1, 2, 0, 3)",
      "test_decoding.py -k whole_passes and llama", 0),
-    ("samples weigh another prompt's values", "decoding", "part.baddbmm_(asked[..., "
-     ":values.shape[1]], values)", "part.baddbmm_(asked[..., :values.shape[1]], prompts[0][2]"
-     "[:, :values.shape[1]])", "test_decoding.py -k whole_passes and llama", 6),
+    ("samples weigh another prompt's values", "decoding", "+ values.shape[1]], values)",
+     "+ values.shape[1]], prompts[-1][:, :values.shape[1]])", "test_decoding.py -k whole_passes and llama", 6),
     ("the batch waits for its last sample", "decoding", "room, tokens, found = self.cache.slots "
      "- len(self.rows),", "room, tokens, found = self.cache.slots * (not len(self.rows)),",
      "test_decoding.py -k stays_full", 0),
     ("a slot is given away twice", "decoding", "free[self.slots] = False", "pass",
      "test_decoding.py -k company or whole_passes and llama", 0),
+    ("a block of a prompt's queries sees what comes", "decoding",
+     "future = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1)",
+     "future = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(2)",
+     "test_decoding.py -k whole_passes and llama", 6),
+    ("the scores behind a shorter prompt are what memory held", "decoding",
+     "if end < part.shape[-1]: part[..., end:] = -math.inf", "pass",
+     "test_decoding.py -k whole_passes and llama", 6),
     ("an ended prompt keeps its memory", "decoding", "            del self.cache.prompts[number]",
      "            pass", "test_decoding.py -k cache_holds", 0),
     ("a prompt's keys are a view of all that was read", "decoding",

@@ -161,7 +161,7 @@ class _Drawing:
         ids = [row[:length] for row, length in zip(self.ids.tolist(), self.lengths.tolist())]
         return list(zip(ids, self.logps.tolist()))
 
-# %% ../nbs/foundations/15_decoding.ipynb #84948631
+# %% ../nbs/foundations/15_decoding.ipynb #8e59b226
 class SampleCache:
     """Keys and values: of each prompt once, and of its samples' own tokens, written in place.
 
@@ -172,12 +172,14 @@ class SampleCache:
                 ):
         self.slots, self.length = slots, length
         self.own = {} # layer -> keys, values: [key-value heads, slots, length, head size]
-        self.prompts = defaultdict(dict) # prompt -> layer -> keys, values: [heads, tokens, size]
+        # prompt -> layer -> keys [heads, head size, tokens], values [heads, tokens, head size]
+        self.prompts = defaultdict(dict)
 
-    def keep(self, prompt:int, layer:int, *pair)->None: # [key-value heads, tokens, head size]
-        "A prompt's keys and values, out of those of all that is read with it."
+    def keep(self, prompt:int, layer:int, key, value)->None: # [heads, tokens, head size]
+        "A prompt's keys, laid out as products with them read them, and values."
+        # Copies: as views they would keep all that is read with them.
         self.prompts[prompt][layer] = [x.clone(memory_format=torch.contiguous_format)
-                                       for x in pair]
+                                       for x in (key.transpose(1, 2), value)]
 
     def write(self, layer:int, slots, places, *pair)->list: # the rooms of all slots
         "The keys and values [key-value heads, rows, head size] of a token of each row."
@@ -198,7 +200,30 @@ class SampleCache:
         pairs = [*self.own.values(), *(p for kept in self.prompts.values() for p in kept.values())]
         return sum(x.untyped_storage().nbytes() for pair in pairs for x in pair)
 
-# %% ../nbs/foundations/15_decoding.ipynb #592ef5fe
+# %% ../nbs/foundations/15_decoding.ipynb #39644203
+QUERIES = 64 # of a block
+
+def _default_scaling(query, scaling)->float: return scaling or query.shape[-1]**-.5
+
+def _causal_attention(module, query, # [1, heads, tokens, head size]
+                      key, value, # [1, key-value heads, tokens, head size]
+                      scaling=None, **kwargs)->Tensor: # [1, tokens, heads, head size]
+    """Causal SDPA. torch's kernel for processors computes what the mask hides as well: there, a
+    block of queries meets no key behind it."""
+    if query.device.type != "cpu" or query.dtype in (torch.bfloat16, torch.float16):
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)[0]
+    query = (query * _default_scaling(query, scaling)).unflatten(1, (key.shape[1], -1))
+    future = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1)
+    out = []
+    for first in range(0, query.shape[3], QUERIES):
+        asked = query[:, :, :, first:first + QUERIES]
+        size, last = asked.shape[3], first + asked.shape[3]
+        scores = asked.flatten(2, 3) @ key[:, :, :last].transpose(2, 3)
+        scores.unflatten(2, (-1, size))[..., first:].masked_fill_(future[:size, :size], -math.inf)
+        out.append((scores.softmax(-1) @ value[:, :, :last]).view_as(asked))
+    return torch.cat(out, 3).flatten(1, 2).transpose(1, 2)
+
+# %% ../nbs/foundations/15_decoding.ipynb #6ff45ee3
 class _NewPrompts:
     "The layout of a forward pass that reads some prompts, one behind the other in a row."
     def __init__(self, cache:SampleCache, numbers:list, # of the prompts
@@ -214,10 +239,10 @@ class _NewPrompts:
         pieces, out = zip(*(x.split(self.sizes, dim=2) for x in (query, key, value))), []
         for number, piece in zip(self.numbers, pieces):
             self.cache.keep(number, module.layer_idx, piece[1][0], piece[2][0])
-            out.append(sdpa_attention_forward(module, *piece, None, **kwargs)[0])
+            out.append(_causal_attention(module, *piece, **kwargs))
         return torch.cat(out, dim=1)
 
-# %% ../nbs/foundations/15_decoding.ipynb #05d726f7
+# %% ../nbs/foundations/15_decoding.ipynb #d1448771
 class _NextTokens:
     "The layout of a forward pass that reads the last token of each sample; samples run by prompt."
     def __init__(self, cache:SampleCache, groups:list, # (prompt, how many samples), in order
@@ -235,41 +260,42 @@ class _NextTokens:
     def attend(self, module, query, key, value, scaling=None, **_)->Tensor: # as in `_NewPrompts`
         "Attention of each token to its prompt, and to its sample so far."
         layer, shared = module.layer_idx, key.shape[1]
-        scaling = query.shape[-1]**-.5 if scaling is None else scaling
         keys, values = (room[:, :, :self.width].flatten(0, 1) for room in
                         self.cache.write(layer, self.slots, self.places, key[0], value[0]))
         # [key-value heads, rows, heads of each, head size]
-        query = (query[0] * scaling).unflatten(0, (shared, -1)).transpose(1, 2)
-        prompts = [(count, *self.cache.prompts[number][layer]) for number, count in self.groups]
-        scores = self._scores(query, keys, prompts)
+        query = (query[0] * _default_scaling(query, scaling)).unflatten(0, (shared, -1))
+        query = query.transpose(1, 2).contiguous()
+        prompts = [self.cache.prompts[number][layer] for number, _ in self.groups]
+        scores = self._scores(query, keys, [keys for keys, _ in prompts])
         wide = torch.promote_types(scores.dtype, torch.float32)
         probs = scores.softmax(-1, dtype=wide).to(value.dtype)
-        return self._mixed(probs, values, prompts).permute(1, 0, 2, 3).flatten(1, 2)[None]
+        out = self._mixed(probs, values, [values for _, values in prompts])
+        return out.permute(1, 0, 2, 3).flatten(1, 2)[None]
+
+    def _by_prompt(self, x)->tuple: # of [key-value heads, samples * heads of each, ...]
+        "The pieces of the prompts' samples, as views."
+        heads = x.shape[2]
+        return x.flatten(1, 2).split([count * heads for _, count in self.groups], 1)
 
     def _scores(self, query, keys, prompts)->Tensor: # [key-value heads, rows, heads of each, keys]
         "Scores against the own keys, then against the prompt's; -inf where there is none."
-        longest = max(keys.shape[1] for _, keys, _ in prompts)
-        shape = *query.shape[:-1], self.width + longest
-        scores, first = query.new_full(shape, -math.inf), 0
+        longest = max(keys.shape[-1] for keys in prompts)
+        scores = query.new_empty(*query.shape[:-1], self.width + longest)
         own = query[:, self.owners].flatten(0, 1) @ keys.transpose(1, 2)
         own = own.unflatten(0, (len(query), -1))[:, self.slots]
         scores[..., :self.width] = own.masked_fill_(self.hidden[:, None], -math.inf)
-        for count, keys, _ in prompts:
-            part = scores[:, first:first + count].flatten(1, 2)[..., self.width:]
-            asked = query[:, first:first + count].flatten(1, 2)
-            torch.bmm(asked, keys.transpose(1, 2), out=part[..., :keys.shape[1]])
-            first += count
+        for asked, keys, part in zip(self._by_prompt(query), prompts, self._by_prompt(scores)):
+            end = self.width + keys.shape[-1]
+            torch.bmm(asked, keys, out=part[..., self.width:end])
+            if end < part.shape[-1]: part[..., end:] = -math.inf
         return scores
 
     def _mixed(self, probs, values, prompts)->Tensor: # [key-value heads, rows, heads of each, size]
         "The values, weighted."
-        own, first = probs[:, self.owners, :, :self.width].flatten(0, 1) @ values, 0
+        own = probs[:, self.owners, :, :self.width].flatten(0, 1) @ values
         out = own.unflatten(0, (len(probs), -1))[:, self.slots]
-        for count, _, values in prompts:
-            part = out[:, first:first + count].flatten(1, 2)
-            asked = probs[:, first:first + count].flatten(1, 2)[..., self.width:]
-            part.baddbmm_(asked[..., :values.shape[1]], values)
-            first += count
+        for part, weights, values in zip(self._by_prompt(out), self._by_prompt(probs), prompts):
+            part.baddbmm_(weights[..., self.width:self.width + values.shape[1]], values)
         return out
 
 # %% ../nbs/foundations/15_decoding.ipynb #7fa07305
