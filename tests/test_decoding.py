@@ -15,7 +15,8 @@ from vcb_nb.packing import PACKABLE
 from vcb_nb.sample import sample_candidates
 
 FULL_HEADS = {"gpt2", "gpt_neox", "phi"} # the others get grouped-query attention
-PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [3, 4], [15] * 11, [16, 17, 18], [19] * 7]
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [3, 4], [15] * 11, [16, 17, 18],
+           [20 + i for i in range(150)]] # the last is longer than two blocks of queries
 LAYERS, HEADS, SIZE = 2, 2, 8 # of the keys and values of a tiny llama
 LAST = 12 # most tokens of a sample
 
