@@ -169,7 +169,8 @@ MUTANTS = [Mutant(*row) for row in [
      "unflatten(0, (shared, -1)).transpose(1, 2)", "unflatten(0, (-1, shared)).permute(1, 2, 0, 3)",
      "test_decoding.py -k whole_passes and llama", 0),
     ("samples weigh another prompt's values", "decoding", "+ values.shape[1]], values)",
-     "+ values.shape[1]], prompts[-1][:, :values.shape[1]])", "test_decoding.py -k whole_passes and llama", 6),
+     "+ values.shape[1]], prompts[-1][:, :values.shape[1]])",
+     "test_decoding.py -k whole_passes and llama", 6),
     ("the batch waits for its last sample", "decoding", "room, tokens, found = self.cache.slots "
      "- len(self.rows),", "room, tokens, found = self.cache.slots * (not len(self.rows)),",
      "test_decoding.py -k stays_full", 0),

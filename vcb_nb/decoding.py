@@ -24,13 +24,13 @@ from .logprobs import say_once
 from .packing import enable_packing, packed_inputs, supports_packing
 from .tokenizers import end_ids, filler_id
 
-# %% ../nbs/foundations/15_decoding.ipynb #bba98f58
+# %% ../nbs/foundations/15_decoding.ipynb #9b36633e
 def _wide(logits)->Tensor: # fp32, or float64
     return logits if logits.dtype == torch.float64 else logits.float()
 
 def _draw_weights(logits, # [rows, vocabulary] fp32 or float64
-                  temperature:float, top_p:float, top_k:int)->tuple: # weights [rows, k], tokens or None
-    "Weights that tokens are drawn by, in the order of the ids; no tokens: the whole vocabulary."
+                  temperature:float, top_p:float, top_k:int)->tuple: # two of [rows, k]
+    "Weights that tokens are drawn by, and the tokens in the order of their ids; None: all."
     scaled, size = logits if temperature == 1 else logits / temperature, logits.shape[-1]
     k = min(top_k or size, size)
     if k == size and top_p >= 1: return (scaled - scaled.amax(-1, keepdim=True)).exp_(), None
