@@ -26,10 +26,10 @@ class ScalingSettings(Settings):
 
     def grid(self)->dict: # setting -> values
         "The sizes that are tried, one setting at a time around the others."
-        return POINTS if self.points is None else dict(map(_axis, self.points))
+        return POINTS if self.points is None else dict(map(axis_of, self.points))
 
 
-def _axis(text:str)->tuple:
+def axis_of(text:str)->tuple:
     "'n=2,8' as ('n', (2, 8))."
     name, _, values = text.partition("=")
     if name not in POINTS: raise InputError(f"points has {text!r}. {did_you_mean(name, POINTS)}")

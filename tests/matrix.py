@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.calibrate import CalibrationConfig, calibrate
+from vcb_nb.decoding import refuse_sharing
 from vcb_nb.diagnosis import DiagnoseConfig, diagnose
 from vcb_nb.judges import reward_scores
 from vcb_nb.loading import load_policy, load_reward_model, new_reward_model
@@ -17,12 +18,15 @@ from vcb_nb.logprobs import score_logps
 from vcb_nb.measures import calibration_gaps
 from vcb_nb.models import new_config
 from vcb_nb.packing import supports_packing
-from vcb_nb.sample import _refuse_sharing, sample_candidates
+from vcb_nb.sample import sample_candidates
 from vcb_nb.saving import save_model
 
 PAGE = Path(__file__).parent.parent/"nbs"/"models.qmd"
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+# As tiny as they are, models would not reach the caps and the window of their kind.
+CAPS = dict(attn_logit_softcapping=.5, final_logit_softcapping=1., sliding_window=4,
+            initializer_range=.1)
 
 # Name on the page: (model_type, settings). A setting that is None leaves the class's default.
 MODELS = {
@@ -30,12 +34,12 @@ MODELS = {
     "Qwen3-Next": ("qwen3_next", dict(num_experts=4, num_experts_per_tok=2, num_hidden_layers=4)),
     "DeepSeek-V3": ("deepseek_v3", dict(n_routed_experts=4, num_experts_per_tok=2, n_group=2,
                                         topk_group=1, q_lora_rank=16, kv_lora_rank=16,
-                                        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
+                                        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=24,
                                         head_dim=8)),
     "Qwen2": ("qwen2", {}), "Qwen3": ("qwen3", {}),
-    "Qwen3-MoE": ("qwen3_moe", MOE), "Mistral": ("mistral", {}),
+    "Qwen3-MoE": ("qwen3_moe", MOE), "Mistral": ("mistral", dict(sliding_window=4)),
     "Mixtral": ("mixtral", dict(num_local_experts=4)),
-    "Gemma": ("gemma", {}), "Gemma 2": ("gemma2", {}), "Gemma 3": ("gemma3_text", {}),
+    "Gemma": ("gemma", {}), "Gemma 2": ("gemma2", CAPS), "Gemma 3": ("gemma3_text", {}),
     "Phi": ("phi", {}), "Phi-3": ("phi3", {}), "OLMo 2": ("olmo2", {}),
     "OLMoE": ("olmoe", dict(num_experts=4, num_experts_per_tok=2)),
     "GPT-2": ("gpt2", dict(intermediate_size=None)),
@@ -45,7 +49,8 @@ MODELS = {
     "Falcon": ("falcon", dict(intermediate_size=None)),
     "Bloom": ("bloom", dict(intermediate_size=None)),
     "OPT": ("opt", dict(intermediate_size=None, ffn_dim=64, word_embed_proj_dim=32)),
-    "Granite": ("granite", {}), "Cohere": ("cohere", {}), "StableLM": ("stablelm", {}),
+    "Granite": ("granite", dict(logits_scaling=6.)), "Cohere": ("cohere", {}),
+    "StableLM": ("stablelm", {}),
     "StarCoder2": ("starcoder2", {}), "SmolLM3": ("smollm3", {}),
     "LFM2": ("lfm2", dict(full_attn_idxs=[1])),
     "Jamba": ("jamba", dict(num_experts=2, attn_layer_period=2, attn_layer_offset=1,
@@ -110,7 +115,7 @@ class Trial:
         close(logps, plain(self.saved, self.ids))
         self.file = candidate_file(self.folder/"candidates.jsonl", self.tokenizer, self.ids,
                                    logps)
-        return "rows" if _refuse_sharing(self.model) else "packed"
+        return "rows" if refuse_sharing(self.model) else "packed"
 
     def log_probs(self):
         close(score_logps(self.model, PROMPTS, self.ids), plain(self.saved, self.ids))

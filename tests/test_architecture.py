@@ -12,8 +12,8 @@ LAYERS = [["losses"], ["worlds"], ["plots"], ["figures", "explorables"], ["widge
           ["artifacts"], ["settings"], ["chat"], ["shards"], ["layouts"], ["data", "world"],
           ["tokenizers"],
           ["models"], ["adapters"], ["loading"], ["saving", "batches"],
-          ["packing", "preflight"], ["prepare", "logprobs", "training", "measures"], ["judges"],
-          ["checks"],
+          ["packing", "preflight"], ["prepare", "logprobs", "training", "measures"],
+          ["judges", "decoding"], ["checks"],
           ["sft", "reward", "sample", "calibrate"], ["score"], ["evaluate"], ["diagnosis"],
           ["live"], ["stages"], ["recipes"], ["pipeline"], ["report"], ["inspection"],
           ["cli"]]

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import (attention, common, memory, pipeline, plot, reward, sampling, scaling, scoring,
-                        sft, step, tables, training)
-from benchmarks.flops import needed_flops
+from benchmarks import (attention, common, memory, pipeline, plot, reward, sampling, scaling,
+                        scoring, sft, step, tables, training)
+from benchmarks.flops import needed_flops, trunk_weights
 from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError, write_json
 from vcb_nb.logprobs import candidate_logps
@@ -48,7 +48,7 @@ def gradients(world):
 
 CASES = [(step, ["step"] * 4 + ["logps"] * 3, [*step.WAYS, *step.WAYS[1:]], {}),
          (scoring, ["reference"] * 3 + ["reward"] * 3, scoring.WAYS * 2, {}),
-         (sampling, ["sampling"] * 3, sampling.WAYS, {}),
+         (sampling, ["sampling"] * 4, sampling.WAYS, dict(kind=sampling.SamplingSettings)),
          (memory, ["memory"], ["shared"], dict(ways=["shared"])),
          (sft, ["sft"] * 5, sft.WAYS, dict(kind=training.TrainingSettings, **{**ROWS, "n": 1})),
          (reward, ["reward"] * 3, reward.WAYS, dict(kind=reward.PairSettings, **ROWS))]
@@ -68,6 +68,25 @@ def test_lines_are_whole(module, benches, ways, settings, tmp_path):
         assert row["share_of_peak"] is None or 0 < row["share_of_peak"] < 1
         if row["way"] == "naive": assert row["speedup_vs_naive"] == pytest.approx(1)
         if row["way"] == "trl": assert row["speedup_vs_trl"] == 1
+
+
+@pytest.mark.slow
+def test_sampling_tries_every_size(tmp_path):
+    "Keeps out a slope fitted to one way's seconds and another one's sizes."
+    rows = lines(sampling, tmp_path, sampling.SamplingSettings, ways=["generate", "shared"],
+                 points=["n=1,2,3", "prompt=4,8"])
+    points = [row for row in rows if row["bench"] == "sampling"]
+    assert [(row["axis"], row["value"], row["way"]) for row in points] == [
+        (axis, value, way) for axis, value in [("n", 1), ("n", 2), ("n", 3), ("prompt", 4),
+                                               ("prompt", 8)] for way in ("generate", "shared")]
+    assert all(row[row["axis"]] == row["value"] for row in points)
+    assert all(0 < row["share_of_products"] < 1 for row in points)
+    for row, other in zip(points[::2], points[1::2]):
+        assert row["speedup_vs_generate"] == 1
+        assert other["speedup_vs_generate"] == pytest.approx(
+            other["tokens_per_second"] / row["tokens_per_second"])
+    fits = [row for row in rows if row["bench"] == "sampling_fit"]
+    assert [(row["axis"], row["way"]) for row in fits] == [("n", "generate"), ("n", "shared")]
 
 
 @pytest.mark.slow
@@ -233,6 +252,31 @@ def test_the_products_of_a_step_are_those_of_the_count():
     needed = step.needed_flops(world.model, world.prompt_ids, world.completion_ids)
     squares = 6 * one[0] * one[1]**2 * one[2] * shapes[one]
     assert linear < needed and needed - linear == pytest.approx(squares, rel=.25)
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_the_products_are_those_of_the_model(arch):
+    "Oracle: torch's own count of a forward pass without attention, on as many rows."
+    s = sampling.SamplingSettings(**{**TINY, "arch": arch, "prompts": 3, "prompt": 5})
+    world = common.make_world(s, references=False)
+    calls, rows = sampling.product_calls(world)
+    assert rows == dict(read=15, step=6)
+    head = world.model.get_output_embeddings().weight.numel()
+    for name, call in calls.items():
+        with FlopCounterMode(display=False, custom_mapping={
+                torch.ops.aten.addmm_: lambda *_, **__: 0}) as counter: call()
+        want = 2 * rows[name] * (trunk_weights(world.model) + head * (name == "step"))
+        assert counter.get_total_flops() == want
+
+
+def test_the_shape_of_smollm2():
+    "Its 134,515,008 weights."
+    s = common.Settings(**{**TINY, "arch": "smollm2-135m"})
+    model = common.make_model(s, common.word_tokenizer(s.vocab))
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert model.config.num_key_value_heads == 3 and s.heads == 9
 
 
 # --- clock and memory -----------------------------------------------------------------------------

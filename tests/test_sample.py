@@ -14,11 +14,11 @@ from hypothesis import given, settings, strategies as st
 from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError
 from vcb_nb.data import load_candidates
+from vcb_nb.decoding import decode, draw_tokens, sampling_probs, uniform_draws
 from vcb_nb.loading import load_policy
 from vcb_nb.logprobs import collate_candidates, say_once, sequence_logps
 from vcb_nb.models import new_policy
-from vcb_nb.sample import (SampleConfig, decode, draw_tokens, folder_ends, sample,
-                           sample_candidates, sample_seed, sampling_probs, uniform_draws)
+from vcb_nb.sample import SampleConfig, folder_ends, sample, sample_candidates, sample_seed
 from vcb_nb.saving import save_model
 from vcb_nb.shards import list_parts
 
@@ -412,7 +412,8 @@ def test_both_ways_draw_the_same(tiny_tokenizer, monkeypatch, sampling):
                    max_new_tokens=12, **sampling)
     want = draw()
     model.generation_config.repetition_penalty = 1.8
-    monkeypatch.setattr("vcb_nb.sample._refuse_sharing", lambda model: "it is a test")
+    monkeypatch.setattr("vcb_nb.decoding.supports_packing", lambda *_: (False, "it is a test"))
+    monkeypatch.setattr("vcb_nb.decoding.refuse_sharing", lambda model: "it is a test")
     ids, reasons, logps = draw()
     assert (ids, reasons) == want[:2] and model.generation_config.repetition_penalty == 1.8
     torch.testing.assert_close(torch.tensor(logps), torch.tensor(want[2]), atol=1e-5, rtol=0)

@@ -140,6 +140,8 @@ def packed_attention(module, query:Tensor, # [1, heads, length, head size]
             raise InputError(f"{type(module).__name__} was not handed the layout of packed "
                              "candidates. Set way='rows' for this model.")
         return attend(module, query, key, value, attention_mask, **kwargs)
+    if not isinstance(packing, PackedCandidates): # a layout that attends itself, as in decoding
+        return packing.attend(module, query, key, value, **kwargs), None
     # One split, not many slices: its backward is one concatenation.
     sizes = [size for group in packing.groups for size in group]
     row = query, key, _out_of_fused(value, key)
@@ -318,6 +320,14 @@ def enable_packing(model, length:"int | None"=None, shares:bool=True):
     packed = _packed_name(base.config.get_text_config())
     if base.config._attn_implementation != packed: base.set_attn_implementation(packed)
     return model
+
+# %% ../nbs/foundations/13_packing.ipynb #8a0bb0ba
+def attends_plainly(model, # of `enable_packing`
+                    length:int)->bool: # tokens of the longest sequence
+    "Is its attention SDPA over all that comes before a token? Decoding knows no other."
+    config = unwrap(model).config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    return _packed_name(config) == PACKED_ATTENTION and not (window and window < length)
 
 # %% ../nbs/foundations/13_packing.ipynb #63c5c61d
 class _Block(NamedTuple):
@@ -558,24 +568,29 @@ def packed_token_logps(model, # causal LM of `enable_packing`, possibly wrapped 
     # Offloading and quantised layers have a forward of their own, ZeRO-3 gathers the weight.
     own = "forward" in vars(head) or type(head).forward is not nn.Linear.forward
     special = own or hasattr(head.weight, "ds_id")
-    inputs = dict(_packed_inputs(model, packing), logits_to_keep=packing.predict)
+    inputs = dict(_lean_inputs(model, packing), logits_to_keep=packing.predict)
     if special: return logps_of_logits(model(**inputs).logits[0], targets, entropy)
     plan = _head_plan(head, len(targets), head_bytes)
     with _taken_over(unwrap(model)) as rest:
         forward = _blockwise_head(head, targets, entropy, *plan, **rest)
         with _replaced(head, forward): return model(**inputs).logits[0]
 
+# %% ../nbs/foundations/13_packing.ipynb #414f86b5
 def _is_checkpointed(module)->bool: return getattr(module, "gradient_checkpointing", False)
 
-def _packed_inputs(model, packing:PackedCandidates)->dict:
-    "What a transformers model is called with."
-    # Under checkpointing autograd keeps none of them, and hooks of ours would keep the pieces.
+def _lean_inputs(model, packing:PackedCandidates)->dict:
+    "`packed_inputs` for which autograd keeps no joined keys and values."
+    # Under checkpointing it keeps none of them, and hooks of ours would keep the pieces.
     lean = torch.is_grad_enabled() and not any(map(_is_checkpointed, model.modules()))
+    return packed_inputs(replace(packing, lean=lean))
+
+def packed_inputs(packing)->dict:
+    "What a transformers model is called with."
     # A 4D mask keeps transformers from building one. With a layout nobody reads it; an empty one
     # makes a layer that the layout does not reach fail, not leak.
     mask = torch.ones(1, 1, 0, 0, dtype=torch.bool, device=packing.input_ids.device)
     return dict(input_ids=packing.input_ids, attention_mask=mask, use_cache=False,
-                position_ids=packing.position_ids, packing=replace(packing, lean=lean))
+                position_ids=packing.position_ids, packing=packing)
 
 # %% ../nbs/foundations/13_packing.ipynb #c1168baa
 def logps_of_logits(logits:Tensor, # [tokens, vocabulary]
@@ -611,7 +626,7 @@ def packed_scores(model, # reward model of `enable_packing`, possibly wrapped (D
     "The reward model's score of each response, its trunk run once over each prompt."
     places, length = last_places(packing), packing.input_ids.shape[1]
     with _reading(unwrap(model).score, places, length):
-        return model(**_packed_inputs(model, packing)).logits[0]
+        return model(**_lean_inputs(model, packing)).logits[0]
 
 # %% ../nbs/foundations/13_packing.ipynb #27e81dfe
 def packed_batches(prompt_ids:list, # [prompts]

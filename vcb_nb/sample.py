@@ -9,7 +9,7 @@ __all__ = ['Samples', 'sample_candidates', 'SampleConfig', 'sample']
 
 # %% ../nbs/stages/04_sample.ipynb #63801ebc
 import logging, math, os, time
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,223 +19,21 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import (DynamicCache, GenerationConfig, LogitsProcessor,
-                          LogitsProcessorList)
+from transformers import GenerationConfig
 
 from .artifacts import InputError, Progress
-from .batches import accepts, evaluating, pad_rows, unwrap
+from .batches import evaluating, unwrap
 from .chat import as_turns, check_chat, clean_messages, last_words
 from .data import encode_prompts, load_prompts
+from .decoding import banned_id, decode, uniform_draws
 from .loading import (QuantizedLoading, as_dtype, load_policy, load_tokenizer, pick_device,
                             read_config, read_context, whole_folder)
-from .logprobs import say_once
-from .packing import logps_of_logits
 from .settings import REQUIRED, check_choice, check_least, check_required, option
 from .shards import complete_parts
-from .tokenizers import end_ids, filler_id
+from .tokenizers import end_ids
 
 # %% ../nbs/stages/04_sample.ipynb #6dce11f1
 log = logging.getLogger(__name__)
-
-# %% ../nbs/stages/04_sample.ipynb #fff82a24
-def sampling_probs(logits:torch.Tensor, # [rows, vocabulary]
-                   temperature:float=1., # > 0
-                   top_p:float=1., # 1: no nucleus
-                   top_k:int=0, # 0: no limit
-                  )->torch.Tensor: # [rows, vocabulary] fp32, rows sum to 1
-    "The distribution that tokens are drawn from."
-    scaled, size = logits.float() / temperature, logits.shape[-1]
-    k = min(top_k or size, size)
-    if k == size and top_p >= 1: return scaled.softmax(-1)
-    values, tokens = scaled.topk(k, sorted=True)
-    probs = values.softmax(-1)
-    before = probs.cumsum(-1) - probs
-    # The likeliest token stays whatever p is.
-    probs = probs.masked_fill((before >= top_p) & (before > 0), 0.)
-    return torch.zeros_like(scaled).scatter(-1, tokens, probs / probs.sum(-1, keepdim=True))
-
-# %% ../nbs/stages/04_sample.ipynb #447b3e96
-def uniform_draws(seed:int, # of the run, >= 0
-                  row:int, # index of the prompt in the run
-                  n:int, # samples per prompt
-                  length:int, # numbers per sample
-                 )->torch.Tensor: # [n, length] float64 in [0, 1)
-    "The random numbers of one prompt's samples; those of sample j depend only on (seed, row, j)."
-    streams = [np.random.Generator(np.random.PCG64([seed, row, j])) for j in range(n)]
-    return torch.from_numpy(np.stack([stream.random(length) for stream in streams]))
-
-# %% ../nbs/stages/04_sample.ipynb #d9e070b1
-def draw_tokens(logits:torch.Tensor, # [rows, vocabulary]
-                u:torch.Tensor, # [rows] in [0, 1)
-                temperature:float=1., # 0: the likeliest token
-                top_p:float=1., # 1: no nucleus
-                top_k:int=0, # 0: no limit
-               )->torch.Tensor: # [rows] token ids
-    "Draw one token per row."
-    if temperature == 0: return logits.argmax(-1)
-    probs = sampling_probs(logits, temperature, top_p, top_k)
-    cdf = probs.cumsum(-1, dtype=u.dtype)
-    drawn = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
-    return drawn.squeeze(-1).clamp(max=logits.shape[-1] - 1)
-
-# %% ../nbs/stages/04_sample.ipynb #0e796ba5
-@torch.no_grad()
-def prefill(model, # causal LM in eval mode
-            prompts:list, # token ids of each prompt
-            n:int, # samples per prompt
-            pad_id:int, # any valid id
-           )->tuple: # cache of all rows, attention mask [rows, length], logits [rows, vocabulary]
-    "Read each prompt once and repeat its keys and values n times; rows run prompt by prompt."
-    padded = pad_rows([ids[::-1] for ids in prompts], pad_id)
-    ids, mask = (x.flip(1).to(next(model.parameters()).device) for x in padded)
-    cache = DynamicCache(config=unwrap(model).config)
-    inputs = _step_inputs(model, ids, mask, cache)
-    if accepts(model, "logits_to_keep"): inputs["logits_to_keep"] = 1
-    logits = model(**inputs).logits[:, -1]
-    cache.batch_repeat_interleave(n)
-    return cache, mask.repeat_interleave(n, 0), logits.repeat_interleave(n, 0)
-
-def _step_inputs(model, ids, mask, cache)->dict:
-    "Inputs of a forward pass whose `ids` are the last columns of `mask`."
-    inputs = dict(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-    if accepts(model, "position_ids"):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        inputs["position_ids"] = positions[:, -ids.shape[1]:]
-    return inputs
-
-# %% ../nbs/stages/04_sample.ipynb #3240531c
-def _banned_id(tokenizer, ends:set)->"int | None":
-    "The id that is never drawn: that of a padding token of its own."
-    return None if tokenizer.pad_token_id in ends else tokenizer.pad_token_id
-
-def _without(logits, token_id):
-    "Logits under which one token, if there is such a one, is never drawn."
-    if token_id is None or token_id >= logits.shape[-1]: return logits
-    logits = logits.clone()
-    logits[:, token_id] = -math.inf
-    return logits
-
-def _to_device(draws, device):
-    "Move float64 numbers; Apple's GPUs have float32 only."
-    return draws.float().to(device) if device.type == "mps" else draws.to(device)
-
-# %% ../nbs/stages/04_sample.ipynb #7e2a63e9
-class _Drawing:
-    "Samples that grow by a token per step: their ids, and log π(y|x) in nats."
-    def __init__(self, draws, # [rows, most tokens of a sample] in [0, 1)
-                 banned:"int | None", # id that is never drawn
-                 sampling:dict, # temperature, top_p, top_k
-                ):
-        self.draws, self.banned, self.sampling = draws, banned, sampling
-        self.ids = torch.zeros(draws.shape, dtype=torch.long, device=draws.device)
-        self.lengths, self.logps = self.ids.new_zeros(len(draws)), draws.new_zeros(len(draws))
-
-    def draw(self, logits, rows, step:int)->torch.Tensor: # [rows] token ids
-        "The next token of some rows, from the model's logits."
-        allowed = _without(logits, self.banned)
-        token = draw_tokens(allowed, self.draws[rows, step], **self.sampling)
-        self.ids[rows, step], self.lengths[rows] = token, step + 1
-        self.logps[rows] += logps_of_logits(logits, token)[:, 0].to(self.logps.dtype)
-        return token
-
-    def pairs(self)->list: # token ids, log π(y|x)
-        "The samples as they are."
-        ids = [row[:length] for row, length in zip(self.ids.tolist(), self.lengths.tolist())]
-        return list(zip(ids, self.logps.tolist()))
-
-# %% ../nbs/stages/04_sample.ipynb #5b1e7b03
-def _going(token, ends)->torch.Tensor: # numbers of the rows that go on
-    return (token[:, None] != ends).all(1).nonzero().squeeze(-1)
-
-def _decode_shared(model, prompts, n, drawing, ends, pad_id)->None:
-    "Decode from one cache that holds each prompt n times; a row leaves it when it ends."
-    cache, mask, logits = prefill(model, prompts, n, pad_id)
-    alive, last = torch.arange(len(mask), device=mask.device), drawing.draws.shape[1] - 1
-    for step in range(last + 1):
-        token = drawing.draw(logits, alive, step)
-        going = _going(token, ends)
-        if step == last or not len(going): break
-        if len(going) < len(alive):
-            cache.batch_select_indices(going)
-            alive, token, mask = alive[going], token[going], mask[going]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-        logits = model(**_step_inputs(model, token[:, None], mask, cache)).logits[:, -1]
-
-# %% ../nbs/stages/04_sample.ipynb #5b1e7b05
-def _refuse_sharing(model)->str:
-    "A reason why a prompt's cache cannot be repeated for its samples, or ''."
-    base = unwrap(model)
-    own = getattr(base, "_supports_default_dynamic_cache", lambda: True)
-    if not accepts(model, "past_key_values") or not own():
-        return "its cache is of a class of its own"
-    if getattr(base, "_is_stateful", False): return "its layers carry a state from token to token"
-    try: layers = DynamicCache(config=base.config).layers
-    except (AttributeError, KeyError, TypeError, ValueError): return "its cache is not known"
-    for layer in layers:
-        # A layer with keys, values and a state would repeat the first two only.
-        state = hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states")
-        if state or not hasattr(layer, "batch_repeat_interleave"):
-            return f"a {type(layer).__name__} of its cache cannot be repeated"
-    return ""
-
-# %% ../nbs/stages/04_sample.ipynb #5b1e7b06
-class _OurDraws(LogitsProcessor):
-    "Makes the token that our number draws the only one that `generate` can take."
-    def __init__(self, drawing, rows, ends): # rows: numbers of generate's rows among all
-        self.drawing, self.rows, self.ends, self.step = drawing, rows, ends, 0
-        self.alive = torch.arange(len(rows), device=rows.device)
-
-    def __call__(self, input_ids, scores):
-        only = torch.full_like(scores, -math.inf)
-        only[:, 0] = 0. # of rows that have ended; `generate` fills them up
-        if len(self.alive):
-            token = self.drawing.draw(scores[self.alive], self.rows[self.alive], self.step)
-            only[self.alive, 0] = -math.inf
-            only[self.alive, token] = 0.
-            self.alive, self.step = self.alive[_going(token, self.ends)], self.step + 1
-        return only
-
-# %% ../nbs/stages/04_sample.ipynb #5b1e7b07
-@contextmanager
-def _plain_generation(base):
-    "What the model's own generation config adds (a penalty, a forced token) is left out inside."
-    kept, base.generation_config = base.generation_config, GenerationConfig()
-    try: yield
-    finally: base.generation_config = kept
-
-def _decode_by_generate(model, prompts, n, drawing, ends, pad_id)->None:
-    "Decode by transformers' own loop: every sample reads its prompt, and no row is padded."
-    base, device = unwrap(model), drawing.draws.device
-    settings = GenerationConfig(do_sample=False, max_new_tokens=drawing.draws.shape[1],
-                                eos_token_id=ends.tolist(), pad_token_id=pad_id)
-    groups = defaultdict(list)
-    for i, ids in enumerate(prompts): groups[len(ids)] += range(i*n, (i + 1)*n)
-    with _plain_generation(base):
-        for rows in groups.values():
-            ids = torch.tensor([prompts[row // n] for row in rows], device=device)
-            ours = _OurDraws(drawing, torch.tensor(rows, device=device), ends)
-            base.generate(ids, generation_config=settings, attention_mask=torch.ones_like(ids),
-                          logits_processor=LogitsProcessorList([ours]))
-
-# %% ../nbs/stages/04_sample.ipynb #5b1e7b08
-@torch.no_grad()
-def decode(model, # causal LM in eval mode
-           tokenizer, # gives the EOS and padding ids
-           prompts:list, # token ids of each prompt
-           n:int, # samples per prompt
-           draws:torch.Tensor, # [prompts * n, most tokens of a sample] in [0, 1)
-           **sampling, # temperature, top_p, top_k
-          )->list: # [prompts * n] pairs: token ids, log π(y|x) in nats
-    "Decode n samples of every prompt, each up to one of the model's ends."
-    base, device = unwrap(model), next(model.parameters()).device
-    ends = end_ids(base, tokenizer)
-    drawing = _Drawing(_to_device(draws, device), _banned_id(tokenizer, ends), sampling)
-    reason = _refuse_sharing(model)
-    if reason: say_once(f"Every sample reads its prompt again: {reason}.", logging.WARNING)
-    way = _decode_by_generate if reason else _decode_shared
-    way(model, prompts, n, drawing, torch.tensor(sorted(ends), device=device, dtype=torch.long),
-        filler_id(base, tokenizer))
-    return drawing.pairs()
 
 # %% ../nbs/stages/04_sample.ipynb #a933c7c7
 class Samples(NamedTuple):
@@ -263,20 +61,20 @@ def sample_candidates(model, # causal LM
                       seed:int=0, # of the run
                       rows:list=None, # index of each prompt in the whole run; None: its index here
                       batch_size:int=16, # prompts decoded at once
-                      on_batch=None, # called with (samples, tokens) after each batch
+                      on_batch=None, # called with (samples, tokens) as samples end
                      )->Samples:
     "n samples of every prompt, in the order of the prompts."
-    rows, found = range(len(prompt_ids)) if rows is None else rows, {}
-    sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k)
+    if not prompt_ids: return Samples([], [], [])
+    rows = range(len(prompt_ids)) if rows is None else rows
     order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), i))
-    ends = end_ids(unwrap(model), tokenizer)
+    draws = torch.cat([uniform_draws(seed, rows[i], n, max_new_tokens) for i in order])
     with evaluating(model):
-        for batch in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
-            draws = torch.cat([uniform_draws(seed, rows[i], n, max_new_tokens) for i in batch])
-            drawn = decode(model, tokenizer, [prompt_ids[i] for i in batch], n, draws, **sampling)
-            found.update((i, drawn[k*n:(k + 1)*n]) for k, i in enumerate(batch))
-            if on_batch: on_batch(len(drawn), sum(len(ids) for ids, _ in drawn))
-    return _as_samples([found[i] for i in range(len(prompt_ids))], ends)
+        drawn = decode(model, tokenizer, [prompt_ids[i] for i in order], n, draws, batch_size,
+                       on_batch, temperature=temperature, top_p=top_p, top_k=top_k)
+    found = {i: drawn[k*n:(k + 1)*n] for k, i in enumerate(order)}
+    return _as_samples([found[i] for i in range(len(prompt_ids))],
+                       end_ids(unwrap(model), tokenizer))
+
 
 # %% ../nbs/stages/04_sample.ipynb #9661c299
 def sample_seed(seed:int, # of the run, >= 0
@@ -318,7 +116,7 @@ def folder_ends(folder, tokenizer)->set:
 
 def _vllm_ends(tokenizer, ends:set)->dict:
     "Settings of every request: what ends it, what is never drawn, what is returned."
-    banned = _banned_id(tokenizer, ends)
+    banned = banned_id(tokenizer, ends)
     return dict(ignore_eos=True, stop_token_ids=sorted(ends), logprobs=0, detokenize=False,
                 logit_bias=None if banned is None else {banned: -100.})
 
