@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.batches import evaluating
+from vcb_nb.decoding import quick_products
 from vcb_nb.sample import sample_candidates
 
 from .common import (COLUMNS, Settings, World, alternate, emit, make_world, option, peak_growth,
@@ -76,7 +77,7 @@ def products(world:World, rows:int, head:bool):
     inputs = {size: torch.randn(rows, size, device=world.settings.device)
               for size in set(map(width, layers))}
     def call():
-        with world.settings.autocast(), torch.no_grad():
+        with world.settings.autocast(), torch.no_grad(), quick_products(world.model):
             for m in layers: m(inputs[width(m)])
     return call
 

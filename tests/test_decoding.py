@@ -8,7 +8,6 @@ from test_packing import fresh, in_float64
 
 from vcb_nb import decoding
 from vcb_nb.adapters import add_lora
-from vcb_nb.batches import evaluating
 from vcb_nb.decoding import SampleCache, decode, draw_tokens, sampling_probs, uniform_draws
 from vcb_nb.packing import PACKABLE, attends_plainly, supports_packing
 from vcb_nb.sample import sample_candidates
@@ -185,6 +184,50 @@ def test_samples_are_told_of_as_they_end(tiny_tokenizer):
 
 def test_no_prompts_no_samples(tiny_tokenizer):
     assert tuple(drawn(tiny(tiny_tokenizer), tiny_tokenizer, prompts=[])) == ([], [], [])
+
+
+# ---- products
+
+def test_quick_products_are_the_same_products(tiny_tokenizer):
+    "fp32 to rounding, with a bias, on any shape and layout; afterwards every layer is as it was."
+    layers = torch.nn.ModuleList([torch.nn.Linear(24, 40), torch.nn.Linear(24, 7, bias=False)])
+    rows = [torch.randn(24), torch.randn(5, 24), torch.randn(1, 9, 24), torch.randn(24, 6).T]
+    want = [layer(x) for layer in layers for x in rows]
+    with torch.no_grad(), decoding.quick_products(layers):
+        assert all("forward" in vars(layer) for layer in layers)
+        ours = [layer(x) for layer in layers for x in rows]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layers[0](rows[1]).dtype == torch.bfloat16
+    for a, b in zip(ours, want): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    with pytest.raises(KeyError), decoding.quick_products(layers): raise KeyError
+    assert not any("forward" in vars(layer) for layer in layers)
+    assert layers[0](rows[1]).requires_grad
+
+
+class Sharded(torch.nn.Linear):
+    "A layer with a forward of its own."
+
+def test_other_layers_keep_their_products(tiny_tokenizer):
+    model = torch.nn.ModuleList([torch.nn.Linear(4, 4).double(), torch.nn.Linear(4, 4).bfloat16(),
+                                 Sharded(4, 4), torch.nn.Linear(4, 4)])
+    offloaded = model[3].forward = lambda x: x
+    with decoding.quick_products(model):
+        assert not any("forward" in vars(layer) for layer in model[:3])
+        assert model[3].forward is offloaded
+    assert model[3].forward is offloaded
+
+
+@pytest.mark.parametrize("architecture", PACKABLE)
+def test_logps_in_fp32(tiny_tokenizer, architecture):
+    "Against whole passes in float64; biases are not zero, as they are in a new model."
+    model = tiny(tiny_tokenizer, architecture, scale=4)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1: p.add_(torch.linspace(-.2, .2, len(p)))
+    ids, _, logps = drawn(model.float(), tiny_tokenizer)
+    model.double()
+    close(logps, [[alone(model, p, c).log_softmax(-1)[range(len(c)), c].sum().item() for c in cs]
+                  for p, cs in zip(PROMPTS, ids)], 2e-4)
 
 
 # ---- memory

@@ -7,14 +7,15 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/decoding.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/foundations/15_decoding.ipynb #96238dd6
+# %% ../nbs/foundations/15_decoding.ipynb #e85857ec
 import logging, math
 from collections import defaultdict, deque
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (DynamicCache, GenerationConfig, LogitsProcessor,
                           LogitsProcessorList)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -365,6 +366,30 @@ def _decode_once(*args)->None: # of `_Company`
         while new := company.next_prompts(): company.read(new)
         if len(company.rows): company.step()
 
+# %% ../nbs/foundations/15_decoding.ipynb #c633db99
+def _is_plain(layer)->bool:
+    "Is it a linear layer with fp32 weights of its own in a processor's memory?"
+    if type(layer) is not nn.Linear or "forward" in vars(layer): return False
+    weight = layer.weight # ZeRO-3 marks what it has gathered and will drop
+    return (type(weight) is nn.Parameter and weight.device.type == "cpu"
+            and weight.dtype == torch.float32 and not hasattr(weight, "ds_id"))
+
+def _onednn(layer, x)->Tensor:
+    "The layer's output; oneDNN's product has no gradient."
+    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return nn.Linear.forward(layer, x)
+    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
+
+@contextmanager
+def quick_products(model):
+    "Inside, the model's plain linear layers compute their fp32 products by oneDNN, if it is there."
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    layers = [layer for layer in model.modules() if there and _is_plain(layer)]
+    for layer in layers: layer.forward = partial(_onednn, layer)
+    try: yield
+    finally:
+        for layer in layers: del layer.forward
+
 # %% ../nbs/foundations/15_decoding.ipynb #0e796ba5
 def prefill(model, # causal LM in eval mode
             prompts:list, # token ids of each prompt
@@ -461,7 +486,7 @@ def _decode_by_generate(model, prompts, n, drawing, ends, pad_id)->None:
             base.generate(ids, generation_config=settings, attention_mask=torch.ones_like(ids),
                           logits_processor=LogitsProcessorList([ours]))
 
-# %% ../nbs/foundations/15_decoding.ipynb #1195460c
+# %% ../nbs/foundations/15_decoding.ipynb #734ccf4d
 @torch.no_grad()
 def decode(model, # causal LM in eval mode
            tokenizer, # gives the EOS and padding ids
@@ -480,10 +505,13 @@ def decode(model, # causal LM in eval mode
     length = max(map(len, prompts)) + draws.shape[1]
     if supports_packing(model, length)[0] and attends_plainly(model, length):
         drawing = drawn(draws)
-        _decode_once(enable_packing(model, length), prompts, n, drawing, ends, batch_size, on_batch)
+        with quick_products(model):
+            _decode_once(enable_packing(model, length), prompts, n, drawing, ends, batch_size,
+                         on_batch)
         return drawing.pairs()
-    return _decode_batches(model, prompts, n, draws.split(batch_size * n), drawn, ends,
-                           filler_id(base, tokenizer), on_batch)
+    with quick_products(model):
+        return _decode_batches(model, prompts, n, draws.split(batch_size * n), drawn, ends,
+                               filler_id(base, tokenizer), on_batch)
 
 def _decode_batches(model, prompts, n, draws, drawn, ends, pad_id, on_batch)->list: # pairs
     "Decode one batch of prompts after the other, their caches repeated or by `generate`."
