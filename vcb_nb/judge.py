@@ -203,7 +203,7 @@ def judge(config:JudgeConfig)->dict: # the summary, also in output_dir/summary.j
     write_json(out/"summary.json", summary)
     return summary
 
-# %% ../nbs/stages/10_judge.ipynb #6068e9fb
+# %% ../nbs/stages/10_judge.ipynb #af4521c5
 class PointwiseJudge:
     "A language model as a reward function: a grade from 1 to 10 for each response."
     batched = True # it gets all responses of a part at once, and asks several at a time
@@ -216,8 +216,12 @@ class PointwiseJudge:
                 ):
         path = find_template("score", template)
         self.config = ChatConfig(base_url=base_url, model=model, cache=cache, **settings)
-        self.template, self.reads_files = path.read_text("utf-8"), (str(path),)
-        self._chat = Chat(self.config)
+        self.template, self._chat = path.read_text("utf-8"), Chat(self.config)
+
+    @property
+    def decided_by(self)->dict:
+        "What its grades depend on, for a stage that asks whether they are still good."
+        return dict(self.config.request, template=self.template)
 
     def __call__(self, prompts, completions, **columns)->list: # of floats
         "One grade per response, in order."
