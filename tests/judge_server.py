@@ -3,7 +3,7 @@
 `rule` gives the text of an answer: it is called with what stands in the tags of our templates. `fault`
 names what goes wrong with an attempt: it is called with the number of the request, from 1, and with
 how often the same question was asked before."""
-import json, random, re, threading, time
+import json, random, re, socket, threading, time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -60,7 +60,7 @@ class _Judge(BaseHTTPRequestHandler):
         with server.lock:
             before = server.asked.count(text)
             server.asked.append(text)
-            server.bodies.append((time.monotonic(), body, dict(self.headers)))
+            server.bodies.append((time.monotonic(), body, self.headers))
             server.now += 1
             server.most = max(server.most, server.now)
             fault = server.fault(len(server.asked), before)
@@ -82,7 +82,9 @@ class _Judge(BaseHTTPRequestHandler):
             self.send_response(200)
             self.end_headers()
             while not self.server.free.wait(.05): self.wfile.write(b" ")
-        if fault == "drop": self.connection.close()
+        if fault == "drop":
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
         if fault == "cut":
             self._send(whole[:40], more=len(whole) - 40)
             self.close_connection = True
@@ -98,9 +100,7 @@ class _Judge(BaseHTTPRequestHandler):
 
     def _answer(self, body, text):
         time.sleep(self.server.delay(len(self.server.asked)))
-        reply = self._reply(body, self.server.rule(**parts(text)))
-        self._send(reply)
-        with self.server.lock: self.server.served += 1
+        self._send(self._reply(body, self.server.rule(**parts(text))))
 
     def _reply(self, body, content, finish="stop", refusal=None):
         message = {"role": "assistant", "content": content, "refusal": refusal}
@@ -113,10 +113,10 @@ class _Judge(BaseHTTPRequestHandler):
 @contextmanager
 def judge_server(rule=longer, fault=lambda number, before: None, delay=lambda number: 0.,
                  lists_models=True):
-    "The server; `url` is its base_url, `asked` the questions, `served` the answers that went out."
+    "The server; `url` is its base_url, `asked` the questions, `most` how many at a time."
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Judge)
     server.rule, server.fault, server.delay, server.lists_models = rule, fault, delay, lists_models
-    server.asked, server.bodies, server.now, server.most, server.served = [], [], 0, 0, 0
+    server.asked, server.bodies, server.now, server.most = [], [], 0, 0
     server.lock, server.free = threading.Lock(), threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, daemon=True).start()
