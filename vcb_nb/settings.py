@@ -298,7 +298,8 @@ def _own_state(thing, inner):
 
 def _says_itself(thing)->list: # empty where it says nothing
     "What an object's results depend on, in its own words: the attribute `decided_by`."
-    return [] if isinstance(thing, type) else [thing.decided_by] * hasattr(thing, "decided_by")
+    if isinstance(thing, type) or not hasattr(thing, "decided_by"): return []
+    return [thing.decided_by]
 
 def _file_mark(file): return fingerprint(Path(file)) if file and Path(file).exists() else None
 
