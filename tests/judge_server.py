@@ -1,8 +1,8 @@
 """An OpenAI-compatible server on this machine that judges by a known rule, and fails as it is told.
 
-`rule` gives the text of an answer: it is called with what stands in the tags of our templates. `fault`
-names what goes wrong with an attempt: it is called with the number of the request, from 1, and with
-how often the same question was asked before."""
+`rule` gives the text of an answer: it is called with what stands in the tags of our templates.
+`fault` names what goes wrong with an attempt: it is called with the number of the request, from 1,
+and with how often the same question was asked before."""
 import json, random, re, socket, threading, time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

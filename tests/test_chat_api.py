@@ -1,5 +1,5 @@
-"""Questions to an endpoint: every way to fail is tried, nothing is paid twice, and what is kept is what
-was answered."""
+"""Questions to an endpoint: every way to fail is tried, nothing is paid twice, and what is kept is
+what was answered."""
 import json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 
@@ -8,8 +8,8 @@ import pytest
 from judge_server import always_first, judge_server, longer
 from vcb_nb import chat_api
 from vcb_nb.artifacts import InputError
-from vcb_nb.chat_api import (Answer, AnswerCache, CeilingReached, Chat, ChatConfig, estimated_tokens,
-                             question_key)
+from vcb_nb.chat_api import (Answer, AnswerCache, CeilingReached, Chat, ChatConfig,
+                             estimated_tokens, question_key)
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-secret-0123456789"
@@ -309,7 +309,7 @@ def test_what_the_endpoint_does_not_count_is_estimated():
 # --- settings
 
 @pytest.mark.parametrize("changes, says", [
-    (dict(base_url="api.openai.com"), "base_url is no address"), (dict(model=""), "model is not set"),
+    (dict(base_url="api.openai.com"), "is no address"), (dict(model=""), "model is not set"),
     (dict(base_url="http://user:key@host/v1"), "without a key"), (dict(workers=0), "workers is 0"),
     (dict(base_url="http://h/v1?key=1"), "without a key"), (dict(timeout=0.), "timeout is 0"),
     (dict(extra={"model": "x"}), "extra.model"), (dict(extra={"n": 3}), "extra.n"),

@@ -77,7 +77,7 @@ def test_a_judge_of_the_first_place_gives_no_win(two, tmp_path):
 
 
 def test_a_judge_without_reason_agrees_with_itself_by_chance(two, tmp_path):
-    "Each verdict is what its two coins say; their agreement is four standard errors from ½ at most."
+    "Each verdict is what its two coins say; they agree in ½, within four standard errors."
     rule = coin(7)
     with judge_server(rule) as server: found = judge(config(server, tmp_path, two))
     def tossed(a, b): return json.loads(rule(a, b))["choice"]
@@ -336,8 +336,8 @@ def test_a_judge_is_known_by_what_decides_its_grades(tmp_path):
     mine = tmp_path/"mine.txt"
     mine.write_text("{prompt} {response}")
     def key(**settings):
-        return function_key(PointwiseJudge(**{"base_url": "http://a/v1", "model": "m", "cache": None,
-                                              **settings}))
+        base = {"base_url": "http://a/v1", "model": "m", "cache": None}
+        return function_key(PointwiseJudge(**{**base, **settings}))
     assert key() == key(base_url="http://b/v1", workers=7, cache=str(tmp_path))
     keys = [key(), key(model="n"), key(template="summary"), key(temperature=1.),
             key(template=str(mine))]
@@ -353,7 +353,7 @@ REAL = os.environ.get("VCB_JUDGE_URL")
 @pytest.mark.skipif(not REAL, reason="set VCB_JUDGE_URL (and VCB_JUDGE_MODEL) to a running "
                                      "`vllm serve` or `transformers serve`")
 def test_a_real_server(two, tmp_path):
-    "The plumbing: every pair is asked in both orders and answered, tokens are counted, nothing twice."
+    "The plumbing: every pair is asked in both orders, tokens are counted, nothing is asked twice."
     settings = dict(QUICK, model=os.environ.get("VCB_JUDGE_MODEL", "m"), base_url=REAL, limit=4,
                     responses=two, output_dir=str(tmp_path/"judge"), max_tokens=16, timeout=300.)
     found = judge(JudgeConfig(**settings))

@@ -57,7 +57,7 @@ class JudgeConfig(ChatConfig):
     @property
     def boot(self)->dict: return dict(n_boot=self.n_boot, level=self.level, seed=self.seed)
 
-# %% ../nbs/stages/10_judge.ipynb #358adcdd
+# %% ../nbs/stages/10_judge.ipynb #679e3155
 def _evaluated(config)->dict: # policy → rows {prompt, completions, rewards: judge → [n]}
     "The samples of an evaluation's policies, and what they were worth."
     path = Path(config.evaluation)
@@ -88,7 +88,7 @@ def _stored_rewards(samples:Path, settings:dict)->dict: # judge → [P][n]
         if files: found[judge] = read_json(files[0])
     return found
 
-def _given(config)->dict: # the same
+def _as_given(config)->dict: # the same
     "Responses of any origin; their rewards where they have some."
     def row(r):
         rewards = {"gold": r["rewards"]} if r.get("rewards") else {}
@@ -96,10 +96,10 @@ def _given(config)->dict: # the same
     return {name: list(map(row, load_candidates(source)))
             for name, source in config.responses.items()}
 
-# %% ../nbs/stages/10_judge.ipynb #9f17f53e
+# %% ../nbs/stages/10_judge.ipynb #22fd782d
 def read_policies(config)->dict: # policy → rows of the same prompts
     "What is compared; `InputError` where two policies did not answer the same prompts."
-    policies = _evaluated(config) if config.evaluation else _given(config)
+    policies = _evaluated(config) if config.evaluation else _as_given(config)
     first, rows = next(iter(policies.items()))
     prompts = [prompt_text(row["prompt"]) for row in rows]
     for name, others in policies.items():

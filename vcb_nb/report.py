@@ -309,8 +309,9 @@ def judge_facts(summary:dict)->str:
              f"Position bias {_percent(s['position_bias'])}: the share of choices of the first "
              "place, minus one half",
              f"Both orders agree in {_percent(s['agreement'])} of the pairs"]
-    known += [f"Where both decide, it prefers what the {JUDGE_NAMES.get(judge, judge)} prefers in "
-              f"{_percent(share)} of {share['n']} pairs" for judge, share in s["agrees_with"].items()]
+    known += [f"Where both decide, it prefers what the {JUDGE_NAMES[judge]} prefers in "
+              f"{_percent(share)} of {share['n']} pairs"
+              for judge, share in s["agrees_with"].items()]
     spent = f"{tokens['sent']:,} tokens sent, {tokens['received']:,} received, cost {s['cost']:.4g}"
     return ". ".join([*known, spent]) + "."
 

@@ -240,7 +240,7 @@ def _evaluation(at:Files)->dict:
                 ood_prompts=at.ood_prompts)
 
 def _judging(at:Files)->dict:
-    "The samples of the evaluation. Answers lie beside the stages: they outlast a stage that is redone."
+    "The evaluation's samples. Answers lie beside the stages: they outlast one that is redone."
     made = at.run/"evaluate"/MANIFEST if at.has("evaluate") else at.left_by("evaluate", MANIFEST)
     given = at.setting("judge", "responses")
     return dict(evaluation=None if given else made, cache=at.run/"answers")
