@@ -345,6 +345,20 @@ def test_a_judge_is_known_by_what_decides_its_grades(tmp_path):
     assert len({*keys, key(template=str(mine))}) == 6
 
 
+def test_the_file_of_a_template_counts_where_a_judge_has_a_name(tmp_path, monkeypatch):
+    "A judge in a file reads its template from another: an edit of either is noticed."
+    monkeypatch.chdir(tmp_path)
+    source = GRADER.format(url="http://a/v1", cache="kept")
+    keys = []
+    for folder, text in (("one", "{prompt} {response}"), ("two", "{prompt}\n{response}"),
+                         ("three", "{prompt}\n{response}")):
+        (tmp_path/"mine.txt").write_text(text)
+        (tmp_path/folder).mkdir()
+        (tmp_path/folder/"g.py").write_text(source.replace("workers=2", "template='mine.txt'"))
+        keys.append(function_key(f"{folder}/g.py:grade"))
+    assert keys[0] != keys[1] == keys[2]
+
+
 # --- a real server
 
 REAL = os.environ.get("VCB_JUDGE_URL")

@@ -7,14 +7,14 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/chat_api.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/foundations/16_chat_api.ipynb #9fb6e99e
+# %% ../nbs/foundations/16_chat_api.ipynb #42e7c471
 import asyncio, email.utils, importlib.util, json, logging, math, os, random, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .artifacts import InputError, fingerprint
+from .artifacts import InputError, Progress, fingerprint
 from .settings import REQUIRED, brief, check_above, check_least, check_required, option
 
 # %% ../nbs/foundations/16_chat_api.ipynb #3a4d51e8
@@ -361,7 +361,7 @@ class Attempts:
         return (f"{self.config.base_url} ({self.config.model}): {words}. {self.done} of "
                 f"{self.size} questions were answered and are kept. Run again to ask the rest.")
 
-# %% ../nbs/foundations/16_chat_api.ipynb #ce68b4f4
+# %% ../nbs/foundations/16_chat_api.ipynb #2f4d80eb
 class Asking(Attempts):
     "Some questions, several at a time."
     async def run(self):
@@ -369,9 +369,10 @@ class Asking(Attempts):
         self.errors = openai.OpenAIError,
         client = openai.AsyncOpenAI(base_url=self.config.base_url, api_key=self.key,
                                     max_retries=0, timeout=self.config.timeout)
-        async with client:
-            self.create = client.chat.completions.create
-            await asyncio.gather(*(self.work() for _ in range(self.config.workers)))
+        with Progress(self.size, self.config.model, unit="answer") as self.bar:
+            async with client:
+                self.create = client.chat.completions.create
+                await asyncio.gather(*(self.work() for _ in range(self.config.workers)))
 
     async def work(self):
         for key, messages in self.queue: # shared by all workers
@@ -385,6 +386,7 @@ class Asking(Attempts):
         self.chat.cache.keep(key, answer, answer.finish != REJECTED)
         self.chat.count(key)
         self.done += 1
+        self.bar.update()
 
 # %% ../nbs/foundations/16_chat_api.ipynb #62e90f87
 class Chat(Books):
