@@ -80,8 +80,11 @@ class _Judge(BaseHTTPRequestHandler):
         if fault == "hang": self.server.free.wait(20)
         if fault == "drip":
             self.send_response(200)
+            self.send_header("Content-Type", "application/json")
             self.end_headers()
-            while not self.server.free.wait(.05): self.wfile.write(b" ")
+            for _ in range(80): self.server.free.wait(.05) or self.wfile.write(b" ")
+            self.wfile.write(whole) # after four seconds, each byte in time
+            self.close_connection = True
         if fault == "drop":
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True

@@ -1,6 +1,6 @@
 """Questions to an endpoint: every way to fail is tried, nothing is paid twice, and what is kept is
 what was answered."""
-import json, os, signal, subprocess, sys, threading, time
+import copy, json, os, signal, socket, subprocess, sys, threading, time
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,8 @@ from vcb_nb import chat_api
 from vcb_nb.artifacts import InputError
 from vcb_nb.chat_api import (Answer, AnswerCache, CeilingReached, Chat, ChatConfig,
                              estimated_tokens, question_key)
+from vcb_nb.models import new_policy
+from vcb_nb.saving import save_model
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-secret-0123456789"
@@ -342,3 +344,47 @@ def test_without_the_client_it_is_said_which_package_is_missing(monkeypatch):
     with judge_server() as server, pytest.raises(InputError, match=r"pip install vcb-nb\[judge\]"):
         Chat(config(server)).ask(QUESTIONS)
     assert os.environ["OPENAI_API_KEY"] == KEY and server.asked == []
+
+
+# --- a real server
+
+@pytest.fixture(scope="module")
+def transformers_serve(tiny_tokenizer, tmp_path_factory):
+    "`transformers serve` with a tiny model of random weights: its process and its base_url."
+    python = os.environ.get("VCB_SERVE_PYTHON", sys.executable)
+    needed = "import fastapi, uvicorn"
+    if subprocess.run([python, "-c", needed], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("transformers serve needs fastapi and uvicorn: install them, or name a Python "
+                    "that has them in VCB_SERVE_PYTHON")
+    folder = tmp_path_factory.mktemp("served")/"tiny"
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    save_model(new_policy(tokenizer, "llama", hidden_size=32, num_hidden_layers=1,
+                          max_position_embeddings=512), tokenizer, folder)
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    log = (folder/"log").open("w")
+    process = subprocess.Popen([python, "-m", "transformers.cli.transformers", "serve", str(folder),
+                                "--port", str(port), "--device", "cpu"], stdout=log, stderr=log)
+    for _ in range(600):
+        with socket.socket() as s:
+            if process.poll() is not None or not s.connect_ex(("127.0.0.1", port)): break
+        time.sleep(.1)
+    yield process, f"http://127.0.0.1:{port}/v1", str(folder)
+    process.kill()
+
+
+@pytest.mark.slow
+def test_transformers_serve_is_asked_and_then_gone(transformers_serve, tmp_path):
+    "A real server of the protocol: tokens are counted, nothing is asked twice, its end is told."
+    process, url, model = transformers_serve
+    settings = ChatConfig(url, model, max_tokens=5, timeout=120., retries=1, backoff=.01,
+                          cache=str(tmp_path))
+    chat = Chat(settings)
+    answers = chat.ask(QUESTIONS[:3])
+    assert chat.asked == 3 and chat.failures == {} and chat.report()["estimated"] == 0
+    assert all(a.sent > 10 and 0 < a.received <= 5 for a in answers)
+    process.kill()
+    process.wait()
+    assert Chat(settings).ask(QUESTIONS[:3]) == answers
+    with pytest.raises(InputError, match="Connection error.*0 of 1 questions"):
+        Chat(settings).ask(QUESTIONS[:4])

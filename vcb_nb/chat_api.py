@@ -361,7 +361,7 @@ class Attempts:
         return (f"{self.config.base_url} ({self.config.model}): {words}. {self.done} of "
                 f"{self.size} questions were answered and are kept. Run again to ask the rest.")
 
-# %% ../nbs/foundations/16_chat_api.ipynb #2f4d80eb
+# %% ../nbs/foundations/16_chat_api.ipynb #15685576
 class Asking(Attempts):
     "Some questions, several at a time."
     async def run(self):
@@ -369,7 +369,7 @@ class Asking(Attempts):
         self.errors = openai.OpenAIError,
         client = openai.AsyncOpenAI(base_url=self.config.base_url, api_key=self.key,
                                     max_retries=0, timeout=self.config.timeout)
-        with Progress(self.size, self.config.model, unit="answer") as self.bar:
+        with Progress(self.size, "judge", unit="answer") as self.bar:
             async with client:
                 self.create = client.chat.completions.create
                 await asyncio.gather(*(self.work() for _ in range(self.config.workers)))
