@@ -290,13 +290,33 @@ class Books:
         return "about {:,} tokens to send, at most {:,} to receive".format(*size) + (
             f", at most {cost:.4g} to pay" if cost else "")
 
-# %% ../nbs/foundations/16_chat_api.ipynb #ed9e487f
-class Attempts:
-    "One question, until it is answered or patience is at its end."
+# %% ../nbs/foundations/16_chat_api.ipynb #0c16903f
+class Go:
+    "One go at some questions: how far it is, and what is said where it ends."
     def __init__(self, chat:Books, todo:dict): # key → messages
         self.chat, self.config, self.size = chat, chat.config, len(todo)
         self.queue, self.done, self.key = iter(todo.items()), 0, api_key(chat.config)
 
+    def words(self, error:Exception)->str:
+        "What went wrong, without the key."
+        if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
+            return f"no answer within {self.config.timeout:g} s"
+        said = brief(error, lambda e: getattr(e, "message", None) or str(e))
+        name = "" if hasattr(error, "status_code") else f"{type(error).__name__}: "
+        return name + (said if self.key == NO_KEY else said.replace(self.key, "***")).rstrip(".")
+
+    def remedy(self, status:int)->str:
+        "What to do about it, where that is known."
+        if status in (401, 403): return f". Check the key in {self.config.api_key_env}"
+        return ". Check base_url and model" if status == 404 else ""
+
+    def place(self, words:str)->str:
+        return (f"{self.config.base_url} ({self.config.model}): {words}. {self.done} of "
+                f"{self.size} questions were answered and are kept. Run again to ask the rest.")
+
+# %% ../nbs/foundations/16_chat_api.ipynb #ef74585b
+class Attempts(Go):
+    "One question, until it is answered or patience is at its end."
     async def sleep(self, seconds:float):
         "Wait, unless all stops meanwhile."
         end = time.monotonic() + seconds
@@ -343,23 +363,6 @@ class Attempts:
         if asked is not None: self.chat.paces[0].hold(wait)
         log.debug("%s: %s; again in %.1f s", self.config.base_url, words, wait)
         if attempt < self.config.retries: await self.sleep(wait)
-
-    def words(self, error:Exception)->str:
-        "What went wrong, without the key."
-        if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
-            return f"no answer within {self.config.timeout:g} s"
-        said = brief(error, lambda e: getattr(e, "message", None) or str(e))
-        name = "" if hasattr(error, "status_code") else f"{type(error).__name__}: "
-        return name + (said if self.key == NO_KEY else said.replace(self.key, "***")).rstrip(".")
-
-    def remedy(self, status:int)->str:
-        "What to do about it, where that is known."
-        if status in (401, 403): return f". Check the key in {self.config.api_key_env}"
-        return ". Check base_url and model" if status == 404 else ""
-
-    def place(self, words:str)->str:
-        return (f"{self.config.base_url} ({self.config.model}): {words}. {self.done} of "
-                f"{self.size} questions were answered and are kept. Run again to ask the rest.")
 
 # %% ../nbs/foundations/16_chat_api.ipynb #15685576
 class Asking(Attempts):

@@ -311,7 +311,7 @@ def judge_facts(summary:dict)->str:
              f"Both orders agree in {_percent(s['agreement'])} of the pairs"]
     known += [f"Where both decide, it prefers what the {JUDGE_NAMES[judge]} prefers in "
               f"{_percent(share)} of {share['n']} pairs"
-              for judge, share in s["agrees_with"].items()]
+              for judge, share in s["agrees_with"].items() if share["n"]]
     spent = f"{tokens['sent']:,} tokens sent, {tokens['received']:,} received, cost {s['cost']:.4g}"
     return ". ".join([*known, spent]) + "."
 
