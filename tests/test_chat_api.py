@@ -2,14 +2,15 @@
 what was answered."""
 import copy, json, os, signal, socket, subprocess, sys, threading, time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from judge_server import always_first, judge_server, longer
 from vcb_nb import chat_api
 from vcb_nb.artifacts import InputError
-from vcb_nb.chat_api import (Answer, AnswerCache, CeilingReached, Chat, ChatConfig,
-                             estimated_tokens, question_key)
+from vcb_nb.chat_api import (Answer, AnswerCache, CeilingReached, Chat, ChatConfig, Pace,
+                             estimated_tokens, question_key, wait_asked_for)
 from vcb_nb.models import new_policy
 from vcb_nb.saving import save_model
 
@@ -187,6 +188,30 @@ def test_requests_keep_their_pace():
         Chat(config(server, workers=5, requests_per_minute=600.)).ask(QUESTIONS[:5])
     times = sorted(at for at, *_ in server.bodies)
     assert times[-1] - times[0] > .3
+
+
+def test_places_in_the_row_are_as_far_apart_as_was_asked(monkeypatch):
+    "By requests or by tokens; a hold moves all that come after it. The clock stands still."
+    monkeypatch.setattr(time, "monotonic", lambda: 100.)
+    pace = Pace(120.)
+    assert [pace.wait() for _ in range(3)] == [0, .5, 1.]
+    tokens = Pace(6000.)
+    assert [tokens.wait(n) for n in (50, 200, 1)] == pytest.approx([0, .5, 2.5])
+    free = Pace(None)
+    assert [free.wait(), free.wait(9)] == [0, 0]
+    free.hold(7.)
+    assert free.wait() == 7 and free.wait() == 7
+
+
+@pytest.mark.parametrize("headers, seconds", [
+    ({}, None), ({"retry-after": "3"}, 3.), ({"retry-after": "-3"}, 0.),
+    ({"retry-after": "soon"}, None), ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
+    ({"retry-after": "Thu, 01 Jan 1970 00:01:40 GMT"}, 40.)])
+def test_when_to_come_back_is_read(headers, seconds, monkeypatch):
+    "As seconds, milliseconds or a date; the clock stands at one minute past its beginning."
+    monkeypatch.setattr(time, "time", lambda: 60.)
+    error = SimpleNamespace(response=SimpleNamespace(headers=headers))
+    assert wait_asked_for(error) == seconds
 
 
 # --- the cache

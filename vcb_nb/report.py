@@ -304,8 +304,11 @@ def _percent(estimate)->str:
 def judge_facts(summary:dict)->str:
     "What is known of the judge itself, in sentences."
     s, tokens = summary, summary["tokens"]
+    unread = [f"{how} {n}" for how, n in s["read"].items()
+              if how not in ("strict", "lenient", "identical")]
     known = [f"Judge: {s['model']}, template {s['template']}. {s['pairs']} pairs of "
-             f"{s['prompts']} prompts, {s['no_verdict']} of them without a verdict",
+             f"{s['prompts']} prompts, {s['no_verdict']} of them without a verdict"
+             + f" (answers: {', '.join(unread)})" * bool(unread),
              f"Position bias {_percent(s['position_bias'])}: the share of choices of the first "
              "place, minus one half",
              f"Both orders agree in {_percent(s['agreement'])} of the pairs"]
