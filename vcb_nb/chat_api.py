@@ -178,9 +178,9 @@ def question_key(config:ChatConfig, messages:list)->str:
     "What an answer is found by: all that decides it."
     return fingerprint({**config.request, "messages": messages})
 
-# %% ../nbs/foundations/16_chat_api.ipynb #fd485506
+# %% ../nbs/foundations/16_chat_api.ipynb #12d25537
 AGAIN, STOP, REJECTED = "again", "stop", "rejected"
-LONGEST_WAIT = 600. # seconds; who is told to wait longer stops, and runs again later
+LONGEST_WAIT = 600. # seconds; a longer wait is left to the user
 
 class Garbled(Exception):
     "A body that is no answer of this protocol."
