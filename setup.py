@@ -21,7 +21,7 @@ setup(
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)],
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split()
-                    for extra in ("dev", "vllm", "quantization")},
+                    for extra in ("dev", "vllm", "quantization", "judge")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "nbdev": ["vcb_nb = vcb_nb._modidx:d"]},  # names in backticks link to their pages
 )

@@ -13,16 +13,17 @@ LAYERS = [["losses"], ["worlds"], ["plots"], ["figures", "explorables"], ["widge
           ["tokenizers"],
           ["models"], ["adapters"], ["loading"], ["saving", "batches"],
           ["packing", "preflight"], ["prepare", "logprobs", "training", "measures"],
-          ["judges", "decoding"], ["checks"],
+          ["judges", "decoding"], ["checks", "chat_api", "verdicts"],
           ["sft", "reward", "sample", "calibrate"], ["score"], ["evaluate"], ["diagnosis"],
-          ["live"], ["stages"], ["recipes"], ["pipeline"], ["report"], ["inspection"],
+          ["judge"], ["live"], ["stages"], ["recipes"], ["pipeline"], ["report"], ["inspection"],
           ["cli"]]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 TRAINERS = {"sft", "reward", "calibrate"}
 TORCH_ONLY = {"losses": {"torch"}, "worlds": {"torch"}, "explorables": set(),
               "plots": {"matplotlib"}, "figures": {"matplotlib", "numpy"},
               "artifacts": {"tqdm", "filelock"}, "settings": set(),
-              "measures": {"numpy", "torch"}, "stages": set()}
+              "measures": {"numpy", "torch"}, "verdicts": {"numpy"}, "judge": set(),
+              "chat_api": {"openai"}, "stages": set()}
 
 
 def imports(name):
@@ -52,6 +53,7 @@ def test_imports_point_down(name):
     assert not up, f"{name} imports {up}, which stand beside or above it"
     assert not outside & {"nbdev", "fastcore", "trl", "IPython"}
     if name != "sample": assert "vllm" not in outside, "vLLM is one backend of `sample`"
+    if name != "chat_api": assert "openai" not in outside, "one module asks over HTTP"
     if name in TORCH_ONLY: assert outside <= TORCH_ONLY[name]
     if RANK[name] < RANK["recipes"]:
         assert not (ours & TRAINERS), "stages meet in files, not in trainers"
@@ -91,10 +93,11 @@ def test_losses_import_is_light():
 
 
 def test_library_imports_without_nbdev():
-    """A user's machine has no nbdev, no TRL and no vLLM: every module imports where they are
+    """A user's machine has no nbdev, TRL, vLLM or openai: every module imports where they are
     blocked."""
     code = ("import sys, importlib\n"
-            "for name in ('nbdev', 'fastcore', 'trl', 'execnb', 'vllm'): sys.modules[name] = None\n"
+            "for name in ('nbdev', 'fastcore', 'trl', 'execnb', 'vllm', 'openai'):\n"
+            "    sys.modules[name] = None\n"
             f"for name in {MODULES!r}: importlib.import_module('vcb_nb.' + name)")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
@@ -111,6 +114,7 @@ def test_the_face_is_lazy_and_whole():
 
 def test_the_public_interface_stays_small():
     """What a module offers in `__all__`, over all modules: what users meet on the site.
-    A new name takes the place of another, unless users call it: `inspect_data` and `convert` do."""
+    A new name takes the place of another, unless users call it: `inspect_data`,
+    `convert` and a judge they do."""
     offered = {name: importlib.import_module(f"vcb_nb.{name}").__all__ for name in MODULES}
-    assert sum(map(len, offered.values())) <= 152, offered
+    assert sum(map(len, offered.values())) <= 155, offered

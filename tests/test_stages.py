@@ -61,10 +61,12 @@ GIVEN = {
     "sample": {"policy": "a.txt", "prompts": "a.txt"}, "score": {"candidates": "a.txt"},
     "calibrate": {"model": "a.txt", "candidates": "a.txt"},
     "evaluate": {"reference": "a.txt", "prompts": "a.txt", "policies": {"vcb": "a.txt"}},
+    "judge": {"evaluation": "a.txt", "base_url": "http://127.0.0.1/v1", "model": "m"},
     "diagnose": {"policy": "a.txt", "reference": "a.txt", "candidates": "a.txt"},
     "report": {"run": ".", "parts": ["a.txt"]}}
 # Another value, where the type alone does not give one that the config takes.
 OTHER = {
+    "base_url": "http://127.0.0.1:2/v1", "template": "summary",
     "world": {"pairs": 11}, "data.pairs": ["b.txt"], "reward.pairs": "b.txt",
     "model": "b.txt", "architecture": "llama",
     "model_config": {"hidden_size": 64}, "dtype": "bfloat16", "device": "cpu",
@@ -91,7 +93,8 @@ BESIDE = {"early_stopping_patience": {"eval_strategy": "epoch"},
           "load_best_model_at_end": {"eval_strategy": "epoch", "save_strategy": "epoch"},
           "sft.save_adapter": {"model": "a.txt"}, "pretrain.save_adapter": {"model": "a.txt"},
           "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
-          "data.pairs": {"world": None}}
+          "data.pairs": {"world": None}, "responses": {"evaluation": None},
+          "max_cost": {"price_in": 1.}}
 # Needs a GPU, a package, a process group or the Hub: the declaration is compared with the key
 # alone.
 CANNOT = {"tf32", "fsdp", "deepspeed", "ddp_backend", "revision", "quantization"}

@@ -292,6 +292,49 @@ def sample_blocks(summary:dict, samples:dict, # policy → list of rows {prompt,
                    Table(["policy", "response"], rows)]
     return blocks
 
+# %% ../nbs/runs/04_report.ipynb #40484979
+JUDGE_NOTE = ("Every pair is judged in both orders. A win needs both; where the order changed the "
+              "answer, the pair is undecided and counts as neither. At equal length: σ(α) of a "
+              "logistic regression on the difference of lengths. Pairs without a verdict are left "
+              "out. A judge is evidence only as far as it has been compared with people.")
+
+def _percent(estimate)->str:
+    return estimate_text(estimate, ".0%") if estimate and estimate["value"] is not None else "–"
+
+def judge_facts(summary:dict)->str:
+    "What is known of the judge itself, in sentences."
+    s, tokens = summary, summary["tokens"]
+    unread = [f"{how} {n}" for how, n in s["read"].items()
+              if how not in ("strict", "lenient", "identical")]
+    known = [f"Judge: {s['model']}, template {s['template']}. {s['pairs']} pairs of "
+             f"{s['prompts']} prompts, {s['no_verdict']} of them without a verdict"
+             + f" (answers: {', '.join(unread)})" * bool(unread),
+             f"Position bias {_percent(s['position_bias'])}: the share of choices of the first "
+             "place, minus one half",
+             f"Both orders agree in {_percent(s['agreement'])} of the pairs"]
+    known += [f"Where both decide, it prefers what the {JUDGE_NAMES[judge]} prefers in "
+              f"{_percent(share)} of {share['n']} pairs"
+              for judge, share in s["agrees_with"].items() if share["n"]]
+    spent = f"{tokens['sent']:,} tokens sent, {tokens['received']:,} received, cost {s['cost']:.4g}"
+    return ". ".join([*known, spent]) + "."
+
+# %% ../nbs/runs/04_report.ipynb #615739c0
+def _judged_row(c:dict)->list:
+    counts = [c[k] for k in ("pairs", "win", "tie", "undecided", "lose")]
+    return [c["policy"], c["against"], *counts, _two_decimals(c["margin"]),
+            _percent(c["win_rate"]), _percent(c["length_controlled"])]
+
+def judge_blocks(run:Path)->list:
+    "What a language model said of the policies, and how far it can be believed."
+    path = run/"judge"/"summary.json"
+    if not path.exists(): return []
+    summary = read_json(path)
+    columns = ["policy", "against", "pairs", "win", "tie", "undecided", "lose", "win − lose",
+               "win rate", "at equal length"]
+    rows = list(map(_judged_row, summary["comparisons"]))
+    return [Heading("Judge"), Text(JUDGE_NOTE), Table(columns, rows, numeric=2),
+            Text(judge_facts(summary))]
+
 # %% ../nbs/runs/04_report.ipynb #226666b0
 @dataclass
 class ReportConfig:
@@ -331,6 +374,7 @@ def report(config:ReportConfig)->dict: # where the pages are
         summary = read_json(path)
         blocks += [*method_blocks(summary), *frontier_blocks(summary), *calibration_blocks(summary)]
         blocks += sample_blocks(summary, _samples(run, summary), config.samples)
+    if "judge" in parts: blocks += judge_blocks(run)
     write_report(title, blocks + training_blocks(run, parts), out)
     return {"html": str(out/"index.html"), "markdown": str(out/"report.md"),
             "figures": sum(isinstance(b, Figure) for b in blocks)}

@@ -283,6 +283,7 @@ def _state(thing, above:tuple=()):
 def _own_state(thing, inner):
     "What is left: functions, classes, arrays, and objects with attributes."
     if address := _address(thing): return [address, _file_mark(_source_file(thing))]
+    if said := _says_itself(thing): return [inner(type(thing)), inner(said)]
     if isinstance(thing, types.FunctionType):
         used = [thing.__globals__.get(name) for name in thing.__code__.co_names]
         cells = [cell.cell_contents for cell in thing.__closure__ or ()]
@@ -294,6 +295,11 @@ def _own_state(thing, inner):
     if hasattr(thing, "tolist"): return inner(thing.tolist())
     held = {k: v for k, v in getattr(thing, "__dict__", {}).items() if not k.startswith("_")}
     return [inner(type(thing)), inner(held)]
+
+def _says_itself(thing)->list: # empty where it says nothing
+    "What an object's results depend on, in its own words: the attribute `decided_by`."
+    if isinstance(thing, type) or not hasattr(thing, "decided_by"): return []
+    return [thing.decided_by]
 
 def _file_mark(file): return fingerprint(Path(file)) if file and Path(file).exists() else None
 
@@ -307,7 +313,7 @@ def function_key(source)->str: # of 'module:function', or of any callable
     defined = inner if hasattr(inner, "__code__") or isinstance(inner, type) else type(inner)
     files = {_file_mark(_source_file(thing)) for thing in (_import(module), defined)} - {None}
     name = f"{Path(module).name}:{name}" if module.endswith(".py") else source
-    return fingerprint([name, *sorted(files)])
+    return fingerprint([name, *sorted(files), *_says_itself(inner)])
 
 # %% ../nbs/foundations/02_settings.ipynb #504a1040
 _fingerprints = {} # (path, its stamp) → fingerprint: large files are read once per process

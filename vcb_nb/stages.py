@@ -239,6 +239,12 @@ def _evaluation(at:Files)->dict:
                 candidates=at.held_out, prompts=at.prepared("prompts_test.jsonl"),
                 ood_prompts=at.ood_prompts)
 
+def _judging(at:Files)->dict:
+    "The evaluation's samples. Answers lie beside the stages: they outlast one that is redone."
+    made = at.run/"evaluate"/MANIFEST if at.has("evaluate") else at.left_by("evaluate", MANIFEST)
+    given = at.setting("judge", "responses")
+    return dict(evaluation=None if given else made, cache=at.run/"answers")
+
 # %% ../nbs/runs/01_stages.ipynb #624e15e8
 STAGES = (
     Stage("data", "vcb_nb.prepare:prepare", "vcb_nb.prepare:PrepareConfig",
@@ -279,6 +285,9 @@ STAGES = (
     Stage("evaluate", "vcb_nb.evaluate:evaluate", "vcb_nb.evaluate:EvaluateConfig",
           "Compare policies: rewards, KL, win rates, calibration.", _evaluation,
           foresee="vcb_nb.evaluate:check_evaluate"),
+    Stage("judge", "vcb_nb.judge:judge", "vcb_nb.judge:JudgeConfig",
+          "Have a language model compare policies.", _judging,
+          foresee="vcb_nb.judge:check_judging"),
     Stage("diagnose", "vcb_nb.diagnosis:diagnose", "vcb_nb.diagnosis:DiagnoseConfig",
           "Draw the calibration plot of any two models.", in_recipes=False,
           foresee="vcb_nb.evaluate:check_diagnose"),
