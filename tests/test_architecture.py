@@ -15,7 +15,7 @@ LAYERS = [["losses"], ["worlds"], ["plots"], ["figures", "explorables"], ["widge
           ["packing", "preflight"], ["prepare", "logprobs", "training", "measures"], ["judges"],
           ["checks"],
           ["sft", "reward", "sample", "calibrate"], ["score"], ["evaluate"], ["diagnosis"],
-          ["live"], ["stages"], ["recipes"], ["pipeline"], ["report"], ["inspection"],
+          ["live"], ["stages"], ["recipes"], ["pipeline"], ["budget"], ["report"], ["inspection"],
           ["cli"]]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 TRAINERS = {"sft", "reward", "calibrate"}
