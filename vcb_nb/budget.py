@@ -7,9 +7,8 @@ Docs: https://vcb-nb.github.io/vcb_nb/runs/budget.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/runs/07_budget.ipynb #0a221c80
-import copy, functools, json, logging, math, os, tempfile, time
-from contextlib import contextmanager
+# %% ../nbs/runs/07_budget.ipynb #84d4b0b3
+import copy, functools, json, math, os, tempfile, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -29,9 +28,10 @@ from vcb_nb.loading import as_dtype, load_tokenizer
 from vcb_nb.logprobs import checked_logps, lay_out
 from vcb_nb.models import disable_dropout, new_config
 from vcb_nb.packing import HEAD_BYTES, enable_packing, supports_packing
+from vcb_nb.pipeline import quietly
 from vcb_nb.settings import is_function, load_object
 
-# %% ../nbs/runs/07_budget.ipynb #500118fb
+# %% ../nbs/runs/07_budget.ipynb #5a2f8e83
 @dataclass(frozen=True)
 class Device:
     "What a device does at its best, what it holds, and the part of it that we count on."
@@ -60,7 +60,7 @@ DEVICES = {name: Device(name, dict(zip(("fp32", "fp16", "bf16"), flops)), *rest)
     ("rtx4090", (82.6*_T, 165*_T, 165*_T), 24*_G, 1008*_G), # sums in fp32
     ("t4", (8.1*_T, 65*_T), 16*_G, 320*_G, .3))} # no bf16
 
-# %% ../nbs/runs/07_budget.ipynb #36016239
+# %% ../nbs/runs/07_budget.ipynb #c2ad9731
 def find_device(name:str, # 'h100', '8xh100', …; 'cpu' or 'here': the machine that this runs on
                )->Device | None: # None: this machine, which is measured
     "A device of the table."
@@ -72,7 +72,7 @@ def find_device(name:str, # 'h100', '8xh100', …; 'cpu' or 'here': the machine 
     raise InputError(f"There is no device '{name}'. {did_you_mean(kind, [*DEVICES, 'cpu'])} "
                      "Eight of them are written 8xh100.")
 
-# %% ../nbs/runs/07_budget.ipynb #093d9be6
+# %% ../nbs/runs/07_budget.ipynb #ab15cca6
 class Shape(NamedTuple):
     "The numbers of a model that decide its costs. Weights are counted; bytes come later."
     weights:int # all, the adapter's as well
@@ -95,15 +95,15 @@ class Shape(NamedTuple):
         return self._replace(weights=self.weights - own, trained=self.trained - learnt, head=0,
                              trained_head=0)
 
-# %% ../nbs/runs/07_budget.ipynb #29ba671a
+# %% ../nbs/runs/07_budget.ipynb #aec85d8c
 def model_shape(config, # of transformers
                 lora:dict=None, # settings of the adapter
                )->Shape:
     "Count the weights of a causal LM on the meta device."
-    return _shape(config.to_json_string(use_diff=False), json.dumps(lora))
+    return _counted_shape(config.to_json_string(use_diff=False), json.dumps(lora))
 
 @functools.lru_cache(32)
-def _shape(description:str, lora:str)->Shape:
+def _counted_shape(description:str, lora:str)->Shape:
     config = _config(description)
     with torch.device("meta"):
         model = add_lora(AutoModelForCausalLM.from_config(config), json.loads(lora))
@@ -126,7 +126,7 @@ def _config(description:str, **changes):
     sizes = {**json.loads(description), **changes}
     return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
 
-# %% ../nbs/runs/07_budget.ipynb #0a0fa6f2
+# %% ../nbs/runs/07_budget.ipynb #18cc65ab
 @dataclass(frozen=True)
 class Work:
     "Groups of a prompt and n responses, what is done with them, and how."
@@ -165,7 +165,7 @@ class Work:
     @property
     def tokens(self)->float: return self.groups * self.fed() * self.passes
 
-# %% ../nbs/runs/07_budget.ipynb #9f68887d
+# %% ../nbs/runs/07_budget.ipynb #710fff5f
 def forward_flops(shape:Shape, work:Work, shared:bool=True)->dict: # part → FLOP of one group
     "Operations of a forward pass over a group, @eq-budget-forward."
     p, n, own = work.prompt, work.n, work.response - 1 + work.whole
@@ -187,7 +187,7 @@ def job_flops(shape:Shape, work:Work, shared:bool=True)->dict: # part → FLOP o
                     attention=once["attention"] * (3 + again))
     return {part: flops * work.groups * work.passes for part, flops in once.items()}
 
-# %% ../nbs/runs/07_budget.ipynb #bd7fad9b
+# %% ../nbs/runs/07_budget.ipynb #e85bb00e
 def _one_layer(config, dtype:str, lora:dict | None):
     "One real layer of a model, with weights that nobody has set and a vocabulary of 16."
     config = copy.deepcopy(config.get_text_config())
@@ -214,7 +214,7 @@ def _saved_bytes(model, prompt:int, response:int, autocast:str | None)->int:
           torch.autocast("cpu", kind, enabled=bool(autocast))): checked_logps(model, batch)
     return sum(size for _, size in saved.values())
 
-# %% ../nbs/runs/07_budget.ipynb #ae0e81de
+# %% ../nbs/runs/07_budget.ipynb #12070151
 @functools.lru_cache(64)
 def _kept(description:str, lora:str, dtype:str, autocast:str | None)->float:
     model = _one_layer(_config(description), dtype, json.loads(lora))
@@ -226,7 +226,7 @@ def kept_bytes(config, work:Work)->float: # bytes
     dtype = "float32" if work.autocast else work.dtype # not every CPU kernel mixes the two
     return _kept(config.to_json_string(use_diff=False), work.lora, dtype, work.autocast)
 
-# %% ../nbs/runs/07_budget.ipynb #84bff028
+# %% ../nbs/runs/07_budget.ipynb #dc10b5f3
 _BITS = {"4bit": .516, "8bit": 1.} # bytes per weight, with the scales of NF4's blocks
 _MOMENTS = {"8bit": .5, "adafactor": .01, "sgd": 0.} # of the two moments in full precision
 
@@ -249,7 +249,7 @@ def _moments(work:Work)->float:
     "How large the optimizer's state is, in units of two moments."
     return next((part for name, part in _MOMENTS.items() if name in work.optim), 1.)
 
-# %% ../nbs/runs/07_budget.ipynb #df4ed318
+# %% ../nbs/runs/07_budget.ipynb #ef3ef2f2
 _PIECE = 2**25 # bytes that packing asks for at a time
 GPU_BLOCK, CPU_BLOCK = 2**28, 2**22 # bytes of a block of logits
 
@@ -264,7 +264,7 @@ def _head_bytes(shape:Shape, work:Work, block:int)->float:
     lead = min(shape.vocab, max(512, block / answers / 4)) * 4. * shape.hidden
     return gradient + lead + pieces(full - gradient)
 
-# %% ../nbs/runs/07_budget.ipynb #5566bcc8
+# %% ../nbs/runs/07_budget.ipynb #97d8f417
 def training_memory(shape:Shape, work:Work, kept:float, # of `kept_bytes`
                     count:int=1, # devices over which weights and their states are sharded
                     block:int=GPU_BLOCK, # bytes of a block of logits
@@ -286,7 +286,7 @@ def training_memory(shape:Shape, work:Work, kept:float, # of `kept_bytes`
     step = max(before + back, found["gradients"] + own)
     return {**found, "peak": found["weights"] + found["optimizer"] + step + gathered}
 
-# %% ../nbs/runs/07_budget.ipynb #5684a340
+# %% ../nbs/runs/07_budget.ipynb #95b49a7e
 def reading_memory(shape:Shape, work:Work)->dict: # part → bytes
     "Memory of log-probabilities or scores without gradients."
     size, tokens = as_dtype(work.dtype).itemsize, work.batch * work.fed(*work.longest)
@@ -303,7 +303,7 @@ def sampling_memory(shape:Shape, work:Work)->dict: # part → bytes
                  logits=16 * work.batch * work.n * shape.vocab)
     return {**parts, "peak": sum(parts.values())}
 
-# %% ../nbs/runs/07_budget.ipynb #09806898
+# %% ../nbs/runs/07_budget.ipynb #4450f36e
 def work_memory(config, work:Work, count:int=1, block:int=GPU_BLOCK)->dict: # part → bytes
     "Memory of a piece of work by a model of this config, on each of `count` devices."
     shape = work_shape(config, work)
@@ -316,7 +316,7 @@ def work_shape(config, work:Work)->Shape:
     shape = model_shape(config, json.loads(work.lora))
     return shape if work.head else shape.scoring()
 
-# %% ../nbs/runs/07_budget.ipynb #bed504a6
+# %% ../nbs/runs/07_budget.ipynb #56a0f5d7
 _FLOW, _UPDATE = .6, 28 # share of the bandwidth; bytes per trained weight
 
 def work_seconds(shape:Shape, work:Work, device:Device)->float:
@@ -337,7 +337,7 @@ def work_seconds(shape:Shape, work:Work, device:Device)->float:
     reads = work.groups / work.batch * work.longest[1] * (memory["weights"] + memory["cache"] / 2)
     return prefill + max(rest / device.rate(work.precision, "decode"), reads / flow)
 
-# %% ../nbs/runs/07_budget.ipynb #a5bf7d61
+# %% ../nbs/runs/07_budget.ipynb #e228b7d5
 def _product_rate(rows:int, inner:int, columns:int, kind, seconds:float)->float: # FLOP/s
     "The median rate of a matrix product."
     left, right = torch.randn(rows, inner).to(kind), torch.randn(inner, columns).to(kind)
@@ -364,7 +364,7 @@ def measure_here(shape:Shape, work:Work, seconds:float=10.)->Device:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device("cpu", dict(fp32=rates["trunk"]), memory, bandwidth, .75, 1, rates)
 
-# %% ../nbs/runs/07_budget.ipynb #12a5e94b
+# %% ../nbs/runs/07_budget.ipynb #01203d18
 class Lengths(NamedTuple):
     "Tokens of groups: means, and the largest."
     prompt:float
@@ -389,7 +389,7 @@ def token_lengths(tokenizer, rows, answers:tuple, # columns with a response
     return Lengths(sum(prompts) / len(prompts), sum(every) / len(every),
                    (max(prompts), max(every)))
 
-# %% ../nbs/runs/07_budget.ipynb #5684008a
+# %% ../nbs/runs/07_budget.ipynb #fc4e1f68
 class Peek:
     "What a recipe's jobs will find: data as they will be prepared, configs as they will be."
     def __init__(self, jobs:list, folder:Path): # folder: for what is made here
@@ -431,7 +431,7 @@ class Peek:
         tokenizer = self.tokenizer(training.tokenizer)
         return new_config(tokenizer, training.architecture, **(training.model_config or {}))
 
-# %% ../nbs/runs/07_budget.ipynb #c2a99d51
+# %% ../nbs/runs/07_budget.ipynb #d963ddb0
 def _how(config)->dict:
     "The settings of a stage that decide memory and speed, as `Work` names them."
     found = {"dtype": config.dtype or "float32",
@@ -455,7 +455,7 @@ def _training(config, groups:float, lengths:Lengths, n:int, head:bool=True)->Wor
 
 def _kept_share(config, evaluation)->float: return 1 - (0 if evaluation else config.eval_share)
 
-# %% ../nbs/runs/07_budget.ipynb #28200d95
+# %% ../nbs/runs/07_budget.ipynb #e21d4513
 def _sft_work(config, peek)->list: # of (config of the model, work)
     "Demonstrations, or blocks of text."
     tokenizer, share = (peek.tokenizer(config.tokenizer or config.model),
@@ -496,8 +496,8 @@ def _sampling(config, policy, prompts, peek)->Work:
 def _sample_work(config, peek)->list:
     return [(peek.config(config.policy), _sampling(config, config.policy, config.prompts, peek))]
 
-# %% ../nbs/runs/07_budget.ipynb #b700ea3c
-def _candidates(source, config, peek)->Work:
+# %% ../nbs/runs/07_budget.ipynb #517a4296
+def _candidate_groups(source, config, peek)->Work:
     "Groups of candidates, there or still to be sampled."
     maker = peek.maker(source)
     if maker is None:
@@ -508,11 +508,11 @@ def _candidates(source, config, peek)->Work:
         every = [size for row in sizes for size in row]
         return Work("read", len(rows), sum(prompts) / len(prompts), len(sizes[0]),
                     sum(every) / len(every), (max(prompts), max(every)))
-    if hasattr(maker, "candidates"): return _candidates(maker.candidates, config, peek)
+    if hasattr(maker, "candidates"): return _candidate_groups(maker.candidates, config, peek)
     return replace(_sampling(maker, maker.policy, maker.prompts, peek), kind="read", batch=1)
 
 def _calibrate_work(config, peek)->list:
-    found = _candidates(config.candidates, config, peek)
+    found = _candidate_groups(config.candidates, config, peek)
     n = min(config.n_candidates or found.n, found.n)
     groups = found.groups * _kept_share(config, config.eval_candidates)
     lengths = Lengths(found.prompt, found.response, found.longest)
@@ -527,7 +527,7 @@ def _readings(config, reward, reference, groups, peek)->list:
     return scored + [(peek.config(reference), read)] * bool(reference)
 
 def _score_work(config, peek)->list:
-    groups = _candidates(config.candidates, config, peek)
+    groups = _candidate_groups(config.candidates, config, peek)
     return _readings(config, config.reward, config.reference, groups, peek)
 
 def _evaluate_work(config, peek)->list:
@@ -544,7 +544,7 @@ def _evaluate_work(config, peek)->list:
 WORK = {"pretrain": _sft_work, "sft": _sft_work, "reward": _reward_work, "sample": _sample_work,
         "score": _score_work, "calibrate": _calibrate_work, "evaluate": _evaluate_work}
 
-# %% ../nbs/runs/07_budget.ipynb #3d88ce00
+# %% ../nbs/runs/07_budget.ipynb #28227e73
 def _smaller(work:Work)->list: # of (settings in words, changed work)
     "A batch of one half, a quarter, …; what a training misses is accumulated."
     sizes = [work.batch // 2**k for k in range(1, work.batch.bit_length())]
@@ -564,7 +564,7 @@ _CHANGES = ( # words, what changes, which kinds of work it is for
     ("dtype: {short}", dict(dtype="{short}"), "frozen"),
     ("quantization: 4bit", dict(quantization="4bit"), "frozen"))
 
-# %% ../nbs/runs/07_budget.ipynb #b702a77a
+# %% ../nbs/runs/07_budget.ipynb #29717a33
 def _applies(work:Work, change:dict, kind:str)->bool:
     "Whether a change is one for this work, and not made already."
     training, lora = work.kind == "train", work.lora != "null"
@@ -594,7 +594,7 @@ def remedy(config, work:Work, device:Device)->str:
     found = next((said for said, changed in changes(work, short) if fits(changed)), None)
     return found or f"no setting here; several devices would be needed, --device 8x{device.name}"
 
-# %% ../nbs/runs/07_budget.ipynb #bf4a9803
+# %% ../nbs/runs/07_budget.ipynb #f2851919
 @dataclass
 class Line:
     "The budget of a job."
@@ -621,14 +621,7 @@ def _line(job, found:list, disk:float, device:Device)->Line:
                 total(True), total(False), max(needs, key=lambda need: need["peak"]), disk,
                 sum(work_seconds(s, w, device) for s, w in shapes), next(filter(None, short), ""))
 
-# %% ../nbs/runs/07_budget.ipynb #039cb3ed
-@contextmanager
-def _quiet():
-    "What is prepared here only to be counted is not worth a message."
-    logging.disable(logging.WARNING)
-    try: yield
-    finally: logging.disable(logging.NOTSET)
-
+# %% ../nbs/runs/07_budget.ipynb #5d73df29
 def _disk(job, found:list, before:list)->float:
     "Bytes that a job leaves: models as its own check foresees, of samples ten bytes per token."
     ahead = Outlook([(other.folder, other.config) for other in before])
@@ -641,7 +634,7 @@ def recipe_budget(jobs:list, # of `plan`
                  )->tuple: # (lines, the device)
     "The budget of every job that runs a model."
     there, lines = find_device(device), []
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
+    with quietly(), tempfile.TemporaryDirectory() as folder:
         peek = Peek(jobs, Path(folder))
         for i, job in enumerate(jobs):
             if job.stage.name not in WORK: continue
@@ -651,8 +644,8 @@ def recipe_budget(jobs:list, # of `plan`
             lines.append(_line(job, found, _disk(job, found, jobs[:i]), there))
     return lines, there
 
-# %% ../nbs/runs/07_budget.ipynb #4e5c07bb
-def _count(number:float)->str:
+# %% ../nbs/runs/07_budget.ipynb #21269b86
+def _in_units(number:float)->str:
     "A number with three digits and a unit: 2.78 B, 41.5 P."
     for unit in ("", "k", "M", "B", "T", "P", "E"):
         if number < 1000 or unit == "E": return f"{number:.3g} {unit}".strip()
@@ -668,9 +661,9 @@ def budget_text(lines:list, device:Device, price:float | None=None, # dollars pe
     head = ("job", "weights", "tokens", "FLOP", "(in rows)", "memory", "disk", "time", "price")
     dollars = lambda s: f"{price * device.count * s / 3600:.2f} $" if price else "-"
     row = lambda name, weights, tokens, ours, rows, memory, disk, seconds: (
-        name, weights, _count(tokens), _count(ours), f"({_count(rows)})", memory,
+        name, weights, _in_units(tokens), _in_units(ours), f"({_in_units(rows)})", memory,
         readable_size(disk), _time(seconds), dollars(seconds))
-    table = [head] + [row(x.name, _count(x.weights), x.tokens, x.flops, x.rows_flops,
+    table = [head] + [row(x.name, _in_units(x.weights), x.tokens, x.flops, x.rows_flops,
                           readable_size(x.memory["peak"]) + "!" * bool(x.remedy), x.disk,
                           x.seconds) for x in lines]
     sums = [sum(getattr(x, name) for x in lines) for name in ("tokens", "flops", "rows_flops",
