@@ -6,14 +6,13 @@ from multiprocessing import get_context
 
 from torch.profiler import ProfilerActivity, profile
 
-from vcb_nb.budget import (CPU_BLOCK, Work, job_flops, measure_here, model_shape, work_memory,
-                           work_seconds, work_shape)
+from vcb_nb.budget import CPU_BLOCK, Work, measure_here, work_memory, work_seconds, work_shape
 
-from .common import Settings, alternate, emit, make_world, option, peak_growth, record, run
+from .common import Settings, alternate, emit, make_world, peak_growth, record, run
 from .step import step_call
 
-COLUMNS = ("bench", "way", "arch", "n", "prompt", "response", "expected_mb", "allocated_mb", "peak_mb",
-           "expected_seconds", "seconds")
+COLUMNS = ("arch", "layers", "hidden", "vocab", "n", "prompt", "response", "expected_mb",
+           "allocated_mb", "peak_mb", "expected_seconds", "seconds")
 
 
 def step_work(s:Settings)->Work:
@@ -50,21 +49,20 @@ def expected_growth(world)->float: # MB
 
 
 def measure_step(s:Settings)->dict:
-    "In a fresh process: a warm-up, the timed steps, and their peaks."
+    "In a fresh process: a warm-up, the timed steps between two measurements, and their peaks."
     world = make_world(s)
     call, work = step_call(world, "shared"), step_work(s)
-    shape = work_shape(base_config(world), work)
-    expected = [work_seconds(shape, work, measure_here(shape, work, 5)) for _ in range(1)]
+    shape, peaks = work_shape(base_config(world), work), []
+    def foreseen(): return work_seconds(shape, work, measure_here(shape, work, 5))
+    before = foreseen()
     times = alternate({"shared": call}, s, world.free)["shared"]
-    expected += [work_seconds(shape, work, measure_here(shape, work, 5))]
-    peaks = []
+    after = foreseen() # another user of the machine may have come or gone
     for _ in range(s.rounds):
         peaks.append(peak_growth(call, s))
         world.free()
-    allocated = allocated_peak(call)
     return dict(times=times, peak=None if None in peaks else statistics.median(peaks),
-                allocated_mb=allocated, expected_mb=expected_growth(world),
-                expected_seconds=statistics.mean(expected))
+                allocated_mb=allocated_peak(call), expected_mb=expected_growth(world),
+                expected_seconds=(before + after) / 2)
 
 
 def measure(s):
