@@ -1,5 +1,5 @@
 """The budget of a recipe is held to what is counted and measured: operations to those of the
-benchmarks, memory to the allocator's own record, rows and lengths to what the stages really read."""
+benchmarks, memory to the allocator's own record, rows and lengths to what stages really read."""
 import json
 from pathlib import Path
 

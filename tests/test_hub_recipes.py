@@ -1,6 +1,6 @@
 """The recipes for 2.8B by their hub names, end to end: repositories in the layout of the real ones
-(files, splits, columns, commits), with real rows and the real tokenizer, and a toy model of the same
-architecture, served by a hub on this machine (hub.py) to the real clients."""
+(files, splits, columns, commits), with real rows and the real tokenizer, and a toy model of the
+same architecture, served by a hub on this machine (hub.py) to the real clients."""
 import gzip, json, os, subprocess, sys, time
 from importlib.util import find_spec
 
