@@ -1,5 +1,7 @@
 """Recipes: every key and type is checked before work begins, with one sentence that names the
 remedy."""
+from pathlib import Path
+
 import pytest, yaml
 
 from vcb_nb.artifacts import InputError
@@ -151,3 +153,12 @@ def test_a_base_that_cannot_be_used(tmp_path, base, said):
     (tmp_path/"a.yaml").write_text(f"base: {base}\n")
     (tmp_path/"b.yaml").write_text("base: a.yaml\n")
     with pytest.raises(InputError, match=said): load_recipe(str(tmp_path/"a.yaml"))
+
+
+@pytest.mark.parametrize("name, kind", [("fsdp2", "FSDP"), ("zero3", "DEEPSPEED")])
+def test_accelerate_reads_the_configs_beside_the_recipes(name, kind):
+    "By its own reader, which refuses a key that it does not know."
+    from accelerate.commands.config.config_args import load_config_from_file
+    folder = Path(__file__).parents[1]/"recipes"/"accelerate"
+    config = load_config_from_file(str(folder/f"{name}.yaml"))
+    assert config.distributed_type == kind and config.mixed_precision == "bf16"
