@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
+from benchmarks import budget
 from benchmarks.budget import allocated_peak, expected_growth
 from benchmarks.common import Settings, make_world
 from benchmarks.flops import needed_flops, trunk_weights
@@ -70,6 +71,17 @@ def test_memory_is_what_a_step_asks_for(name):
     step() # what is made once is there
     world.free()
     assert abs(expected_growth(world) / allocated_peak(step) - 1) < .15
+
+
+@pytest.mark.slow
+def test_the_benchmark_writes_what_was_expected_beside_what_was_found(tmp_path):
+    "One line, with its setting."
+    out = tmp_path/"lines.jsonl"
+    budget.measure(Settings(layers=2, hidden=32, vocab=320, prompt=8, n=2, response="4", rounds=1,
+                            out=str(out)))
+    row, = map(json.loads, out.read_text().splitlines())
+    assert row["bench"] == "budget" and row["layers"] == 2
+    for name in ("expected_mb", "allocated_mb", "expected_seconds", "seconds"): assert row[name] > 0
 
 
 def test_the_cache_holds_a_prompt_once():
