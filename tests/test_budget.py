@@ -177,6 +177,9 @@ def test_the_command_line_shows_it(tmp_path, capsys):
     assert "2xt4: 14.4 GB to use" in said and not (tmp_path/"run").exists()
     assert main([*words, "--device", "gtx"]) == 2
     assert "There is no device 'gtx'" in capsys.readouterr().err
+    assert main([*words, "--device", "t4", "--sample.dtype", "bfloat16", "--upto", "sample"]) == 0
+    said = capsys.readouterr().out
+    assert "sample asks for bf16, which t4 does not have" in said and "reward asks" not in said
 
 
 def test_the_table_says_what_does_not_fit():

@@ -7,7 +7,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/runs/budget.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/runs/07_budget.ipynb #f513b1fc
+# %% ../nbs/runs/07_budget.ipynb #8ff911a1
 import copy, functools, json, math, os, tempfile, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from vcb_nb.packing import HEAD_BYTES, enable_packing, supports_packing
 from vcb_nb.pipeline import quietly
 from vcb_nb.settings import is_function, load_object
 
-# %% ../nbs/runs/07_budget.ipynb #4b79ec7e
+# %% ../nbs/runs/07_budget.ipynb #9f1a4f67
 @dataclass(frozen=True)
 class Device:
     "What a device does at its best, what it holds, and the part of it that we count on."
@@ -60,7 +60,7 @@ DEVICES = {name: Device(name, dict(zip(("fp32", "fp16", "bf16"), flops)), *rest)
     ("rtx4090", (82.6*_T, 165*_T, 165*_T), 24*_G, 1008*_G), # sums in fp32
     ("t4", (8.1*_T, 65*_T), 16*_G, 320*_G, .3))} # no bf16
 
-# %% ../nbs/runs/07_budget.ipynb #d3a529ca
+# %% ../nbs/runs/07_budget.ipynb #4ff28236
 def find_device(name:str, # 'h100', '8xh100', …; 'cpu' or 'here': the machine that this runs on
                )->Device | None: # None: this machine, which is measured
     "A device of the table."
@@ -72,7 +72,7 @@ def find_device(name:str, # 'h100', '8xh100', …; 'cpu' or 'here': the machine 
     raise InputError(f"There is no device '{name}'. {did_you_mean(kind, [*DEVICES, 'cpu'])} "
                      "Eight of them are written 8xh100.")
 
-# %% ../nbs/runs/07_budget.ipynb #0ca08024
+# %% ../nbs/runs/07_budget.ipynb #dfc5bd58
 class Shape(NamedTuple):
     "The numbers of a model that decide its costs. Weights are counted; bytes come later."
     weights:int # all, the adapter's as well
@@ -95,7 +95,7 @@ class Shape(NamedTuple):
         return self._replace(weights=self.weights - own, trained=self.trained - learnt, head=0,
                              trained_head=0)
 
-# %% ../nbs/runs/07_budget.ipynb #16c51bdd
+# %% ../nbs/runs/07_budget.ipynb #6452576a
 def model_shape(config, # of transformers
                 lora:dict=None, # settings of the adapter
                )->Shape:
@@ -126,7 +126,7 @@ def _config(description:str, **changes):
     sizes = {**json.loads(description), **changes}
     return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
 
-# %% ../nbs/runs/07_budget.ipynb #79a50c6a
+# %% ../nbs/runs/07_budget.ipynb #a584b2fd
 @dataclass(frozen=True)
 class Work:
     "Groups of a prompt and n responses, what is done with them, and how."
@@ -165,7 +165,7 @@ class Work:
     @property
     def tokens(self)->float: return self.groups * self.fed() * self.passes
 
-# %% ../nbs/runs/07_budget.ipynb #bc18f943
+# %% ../nbs/runs/07_budget.ipynb #a1eae571
 def forward_flops(shape:Shape, work:Work, shared:bool=True)->dict: # part → FLOP of one group
     "Operations of a forward pass over a group, @eq-budget-forward."
     p, n, own = work.prompt, work.n, work.response - 1 + work.whole
@@ -187,7 +187,7 @@ def job_flops(shape:Shape, work:Work, shared:bool=True)->dict: # part → FLOP o
                     attention=once["attention"] * (3 + again))
     return {part: flops * work.groups * work.passes for part, flops in once.items()}
 
-# %% ../nbs/runs/07_budget.ipynb #57a5612a
+# %% ../nbs/runs/07_budget.ipynb #5a3bbcd2
 def _one_layer(config, dtype:str, lora:dict | None):
     "One real layer of a model, with weights that nobody has set and a vocabulary of 16."
     config = copy.deepcopy(config.get_text_config())
@@ -214,7 +214,7 @@ def _saved_bytes(model, prompt:int, response:int, autocast:str | None)->int:
           torch.autocast("cpu", kind, enabled=bool(autocast))): checked_logps(model, batch)
     return sum(size for _, size in saved.values())
 
-# %% ../nbs/runs/07_budget.ipynb #8a5e6292
+# %% ../nbs/runs/07_budget.ipynb #11eabeb2
 @functools.lru_cache(64)
 def _kept(description:str, lora:str, dtype:str, autocast:str | None)->float:
     model = _one_layer(_config(description), dtype, json.loads(lora))
@@ -226,7 +226,7 @@ def kept_bytes(config, work:Work)->float: # bytes
     dtype = "float32" if work.autocast else work.dtype # not every CPU kernel mixes the two
     return _kept(config.to_json_string(use_diff=False), work.lora, dtype, work.autocast)
 
-# %% ../nbs/runs/07_budget.ipynb #9f457c4d
+# %% ../nbs/runs/07_budget.ipynb #1476d27f
 _BITS = {"4bit": .516, "8bit": 1.} # bytes per weight, with the scales of NF4's blocks
 _MOMENTS = {"8bit": .5, "adafactor": .01, "sgd": 0.} # of the two moments in full precision
 
@@ -249,7 +249,7 @@ def _moments(work:Work)->float:
     "How large the optimizer's state is, in units of two moments."
     return next((part for name, part in _MOMENTS.items() if name in work.optim), 1.)
 
-# %% ../nbs/runs/07_budget.ipynb #37ff62ce
+# %% ../nbs/runs/07_budget.ipynb #8bbf2c23
 _PIECE = 2**25 # bytes that packing asks for at a time
 GPU_BLOCK, CPU_BLOCK = 2**28, 2**22 # bytes of a block of logits
 
@@ -264,7 +264,7 @@ def _head_bytes(shape:Shape, work:Work, block:int)->float:
     lead = min(shape.vocab, max(512, block / answers / 4)) * 4. * shape.hidden
     return gradient + lead + pieces(full - gradient)
 
-# %% ../nbs/runs/07_budget.ipynb #b3eb0c41
+# %% ../nbs/runs/07_budget.ipynb #bbadd34c
 def training_memory(shape:Shape, work:Work, kept:float, # of `kept_bytes`
                     count:int=1, # devices over which weights and their states are sharded
                     block:int=GPU_BLOCK, # bytes of a block of logits
@@ -288,7 +288,7 @@ def training_memory(shape:Shape, work:Work, kept:float, # of `kept_bytes`
     step = max(before + back, found["gradients"] + end)
     return {**found, "peak": found["weights"] + found["optimizer"] + step + gathered}
 
-# %% ../nbs/runs/07_budget.ipynb #0df2bb8f
+# %% ../nbs/runs/07_budget.ipynb #1150bc56
 def reading_memory(shape:Shape, work:Work)->dict: # part → bytes
     "Memory of log-probabilities or scores without gradients."
     size, tokens = as_dtype(work.dtype).itemsize, work.batch * work.fed(*work.longest)
@@ -305,7 +305,7 @@ def sampling_memory(shape:Shape, work:Work)->dict: # part → bytes
                  logits=16 * work.batch * work.n * shape.vocab)
     return {**parts, "peak": sum(parts.values())}
 
-# %% ../nbs/runs/07_budget.ipynb #429fa579
+# %% ../nbs/runs/07_budget.ipynb #bd6fa184
 def work_memory(config, work:Work, count:int=1, block:int=GPU_BLOCK)->dict: # part → bytes
     "Memory of a piece of work by a model of this config, on each of `count` devices."
     shape = work_shape(config, work)
@@ -318,7 +318,7 @@ def work_shape(config, work:Work)->Shape:
     shape = model_shape(config, json.loads(work.lora))
     return shape if work.head else shape.scoring()
 
-# %% ../nbs/runs/07_budget.ipynb #3fa769c1
+# %% ../nbs/runs/07_budget.ipynb #24dd75f8
 _FLOW, _UPDATE = .6, 28 # share of the bandwidth; bytes per trained weight
 
 def work_seconds(shape:Shape, work:Work, device:Device)->float:
@@ -339,7 +339,7 @@ def work_seconds(shape:Shape, work:Work, device:Device)->float:
     reads = work.groups / work.batch * work.longest[1] * (memory["weights"] + memory["cache"] / 2)
     return prefill + max(rest / device.rate(work.precision, "decode"), reads / flow)
 
-# %% ../nbs/runs/07_budget.ipynb #5fbd2402
+# %% ../nbs/runs/07_budget.ipynb #96eab434
 def _product_rate(rows:int, inner:int, columns:int, kind, seconds:float)->float: # FLOP/s
     "The median rate of a matrix product."
     left, right = torch.randn(rows, inner).to(kind), torch.randn(inner, columns).to(kind)
@@ -366,7 +366,7 @@ def measure_here(shape:Shape, work:Work, seconds:float=10.)->Device:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device("cpu", dict(fp32=rates["trunk"]), memory, bandwidth, .75, 1, rates)
 
-# %% ../nbs/runs/07_budget.ipynb #16590975
+# %% ../nbs/runs/07_budget.ipynb #46f9215e
 class Lengths(NamedTuple):
     "Tokens of groups: means, and the largest."
     prompt:float
@@ -391,7 +391,7 @@ def token_lengths(tokenizer, rows, answers:tuple, # columns with a response
     return Lengths(sum(prompts) / len(prompts), sum(every) / len(every),
                    (max(prompts), max(every)))
 
-# %% ../nbs/runs/07_budget.ipynb #9f8bc439
+# %% ../nbs/runs/07_budget.ipynb #9c6002f2
 class Peek:
     "What a recipe's jobs will find: data as they will be prepared, configs as they will be."
     def __init__(self, jobs:list, folder:Path): # folder: for what is made here
@@ -433,7 +433,7 @@ class Peek:
         tokenizer = self.tokenizer(training.tokenizer)
         return new_config(tokenizer, training.architecture, **(training.model_config or {}))
 
-# %% ../nbs/runs/07_budget.ipynb #f5763886
+# %% ../nbs/runs/07_budget.ipynb #d2278911
 def _how(config)->dict:
     "The settings of a stage that decide memory and speed, as `Work` names them."
     found = {"dtype": config.dtype or "float32",
@@ -457,7 +457,7 @@ def _training(config, groups:float, lengths:Lengths, n:int, head:bool=True)->Wor
 
 def _kept_share(config, evaluation)->float: return 1 - (0 if evaluation else config.eval_share)
 
-# %% ../nbs/runs/07_budget.ipynb #04ef5a36
+# %% ../nbs/runs/07_budget.ipynb #bf838f15
 def _sft_work(config, peek)->list: # of (config of the model, work)
     "Demonstrations, or blocks of text."
     tokenizer, share = (peek.tokenizer(config.tokenizer or config.model),
@@ -498,7 +498,7 @@ def _sampling(config, policy, prompts, peek)->Work:
 def _sample_work(config, peek)->list:
     return [(peek.config(config.policy), _sampling(config, config.policy, config.prompts, peek))]
 
-# %% ../nbs/runs/07_budget.ipynb #26533cc3
+# %% ../nbs/runs/07_budget.ipynb #7abe35dd
 def _candidate_groups(source, config, peek)->Work:
     "Groups of candidates, there or still to be sampled."
     maker = peek.maker(source)
@@ -546,7 +546,7 @@ def _evaluate_work(config, peek)->list:
 WORK = {"pretrain": _sft_work, "sft": _sft_work, "reward": _reward_work, "sample": _sample_work,
         "score": _score_work, "calibrate": _calibrate_work, "evaluate": _evaluate_work}
 
-# %% ../nbs/runs/07_budget.ipynb #9a08374a
+# %% ../nbs/runs/07_budget.ipynb #3a0a78b5
 def _smaller(work:Work)->list: # of (settings in words, changed work)
     "A batch of one half, a quarter, …; what a training misses is accumulated."
     sizes = [work.batch // 2**k for k in range(1, work.batch.bit_length())]
@@ -566,7 +566,7 @@ _CHANGES = ( # words, what changes, which kinds of work it is for
     ("dtype: {short}", dict(dtype="{short}"), "frozen"),
     ("quantization: 4bit", dict(quantization="4bit"), "frozen"))
 
-# %% ../nbs/runs/07_budget.ipynb #a7152a67
+# %% ../nbs/runs/07_budget.ipynb #fff11e78
 def _applies(work:Work, change:dict, kind:str)->bool:
     "Whether a change is one for this work, and not made already."
     training, lora = work.kind == "train", work.lora != "null"
@@ -596,7 +596,7 @@ def remedy(config, work:Work, device:Device)->str:
     found = next((said for said, changed in changes(work, short) if fits(changed)), None)
     return found or f"no setting here; several devices would be needed, --device 8x{device.name}"
 
-# %% ../nbs/runs/07_budget.ipynb #8d556657
+# %% ../nbs/runs/07_budget.ipynb #099001b6
 @dataclass
 class Line:
     "The budget of a job."
@@ -609,6 +609,7 @@ class Line:
     disk:float # bytes that it leaves; checkpoints are removed at its end
     seconds:float
     remedy:str # the smallest change that makes it fit; '' if it fits
+    lacks:str = "" # a precision that the device does not have
 
 def _line(job, found:list, disk:float, device:Device)->Line:
     shapes = [(work_shape(config, work), work) for config, work in found]
@@ -621,9 +622,11 @@ def _line(job, found:list, disk:float, device:Device)->Line:
         remedy(config, work, device) for config, work in found]
     return Line(job.name, max(s.weights for s, _ in shapes), sum(w.tokens for _, w in shapes),
                 total(True), total(False), max(needs, key=lambda need: need["peak"]), disk,
-                sum(work_seconds(s, w, device) for s, w in shapes), next(filter(None, short), ""))
+                sum(work_seconds(s, w, device) for s, w in shapes), next(filter(None, short), ""),
+                next((w.precision for _, w in shapes if w.precision not in device.flops
+                      and not device.measured), ""))
 
-# %% ../nbs/runs/07_budget.ipynb #94539f01
+# %% ../nbs/runs/07_budget.ipynb #976ef9c3
 def _disk(job, found:list, before:list)->float:
     "Bytes that a job leaves: models as its own check foresees, of samples ten bytes per token."
     ahead = Outlook([(other.folder, other.config) for other in before])
@@ -646,7 +649,7 @@ def recipe_budget(jobs:list, # of `plan`
             lines.append(_line(job, found, _disk(job, found, jobs[:i]), there))
     return lines, there
 
-# %% ../nbs/runs/07_budget.ipynb #4798d618
+# %% ../nbs/runs/07_budget.ipynb #8f903ecc
 def _in_units(number:float)->str:
     "A number with three digits and a unit: 2.78 B, 41.5 P."
     for unit in ("", "k", "M", "B", "T", "P", "E"):
@@ -682,4 +685,6 @@ def _remarks(lines:list, device:Device)->list:
     how = "products measured here" if device.measured else "the data sheet's rate"
     return [f"{base}; time at {device.share:g} of {how}.",
             *(f"{x.name} does not fit: {readable_size(x.memory['peak'])}. Smallest change that "
-              f"makes it fit: {x.remedy}." for x in lines if x.remedy)]
+              f"makes it fit: {x.remedy}." for x in lines if x.remedy),
+            *(f"{x.name} asks for {x.lacks}, which {device.name} does not have. Set fp16: true, or "
+              "dtype: float16." for x in lines if x.lacks)]
