@@ -1,8 +1,9 @@
 """A server on this machine in the Hub's own layout, for clients that are real.
 
 It serves the folders below `root`, `datasets/owner/name` and `models/owner/name`, each with its one
-commit under the names `main` and `v1`, and notes which files were asked for."""
-import hashlib, json, threading
+commit under the names `main` and `v1`, and notes which files were asked for. A file that is to
+`stall` is sent up to its middle only, and then nothing more."""
+import hashlib, json, threading, time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote
@@ -40,7 +41,8 @@ class _Hub(BaseHTTPRequestHandler):
         repo, rest = self.server.root.joinpath(*words[:3]), words[3:]
         if not repo.is_dir() or len(words) < 3: return self._missing("RepoNotFound")
         named = rest[1] if len(rest) > 1 else "main"
-        if named not in ("main", "v1", COMMIT): return self._missing("RevisionNotFound")
+        self.commit = self.server.commits.get("/".join(words[1:3]), COMMIT)
+        if named not in ("main", "v1", self.commit): return self._missing("RevisionNotFound")
         (self._about if api else self._file)(repo, rest)
 
     def _about(self, repo, rest):
@@ -49,8 +51,8 @@ class _Hub(BaseHTTPRequestHandler):
         inside = lambda folder, names: [_entry(repo, path) for path in sorted(folder.glob(names))]
         if kind == "revision":
             files = [dict(rfilename=e["path"]) for e in inside(repo, "**/*") if e["type"] == "file"]
-            return self._json(dict(id="/".join(repo.parts[-2:]), sha=COMMIT, private=False, tags=[],
-                                   siblings=files))
+            return self._json(dict(id="/".join(repo.parts[-2:]), sha=self.commit, private=False,
+                                   tags=[], siblings=files))
         if kind == "tree":
             deep = "recursive=true" in self.path.lower()
             if not below.is_dir(): return self._missing()
@@ -64,22 +66,30 @@ class _Hub(BaseHTTPRequestHandler):
         if not path.is_file(): return self._missing()
         body, status, more = path.read_bytes(), 200, {}
         if self.command == "GET": self.server.asked.append(path.relative_to(repo).as_posix())
+        stalls = self.command == "GET" and path.name == self.server.stall
         if wanted := self.headers.get("Range"):
             first, _, last = wanted.partition("=")[2].partition("-")
             end, size = min(int(last or len(body)) + 1, len(body)), len(body)
             body, status = body[int(first):end], 206
             more = dict(Content_Range=f"bytes {first}-{end - 1}/{size}")
+            self.server.ranges.append((path.name, int(first)))
         etag = hashlib.sha1(path.read_bytes()).hexdigest()
-        self._send(body, status, ETag=f'"{etag}"', X_Repo_Commit=COMMIT, **more)
+        more |= dict(ETag=f'"{etag}"', X_Repo_Commit=self.commit)
+        if stalls: more, body = {**more, "length": len(body)}, body[:len(body) // 2]
+        self._send(body, status, **more)
+        while stalls and self.server.stall == path.name: time.sleep(.05)
+        self.close_connection = stalls or self.close_connection
 
     do_GET = do_HEAD = do_POST = _answer
 
 
 @contextmanager
-def hub(root):
-    "The server; `asked` lists the files that were read, `url` is what HF_ENDPOINT must be."
+def hub(root, commits=()):
+    """The server; `asked` lists the files that were read and `ranges` the parts that began later,
+    `url` is what HF_ENDPOINT must be. `commits` gives repositories a commit of their own."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    server.root, server.asked = root, []
+    server.root, server.asked, server.ranges, server.stall = root, [], [], None
+    server.commits = dict(commits)
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try: yield server

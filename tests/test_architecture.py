@@ -15,7 +15,8 @@ LAYERS = [["losses"], ["worlds"], ["plots"], ["figures", "explorables"], ["widge
           ["packing", "preflight"], ["prepare", "logprobs", "training", "measures"],
           ["judges", "decoding"], ["checks", "chat_api", "verdicts"],
           ["sft", "reward", "sample", "calibrate"], ["score"], ["evaluate"], ["diagnosis"],
-          ["judge"], ["live"], ["stages"], ["recipes"], ["pipeline"], ["report"], ["inspection"],
+          ["judge"], ["live"], ["stages"], ["recipes"], ["pipeline"], ["budget"], ["report"],
+          ["inspection"],
           ["cli"]]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 TRAINERS = {"sft", "reward", "calibrate"}

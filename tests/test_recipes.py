@@ -1,5 +1,7 @@
 """Recipes: every key and type is checked before work begins, with one sentence that names the
 remedy."""
+from pathlib import Path
+
 import pytest, yaml
 
 from vcb_nb.artifacts import InputError
@@ -125,3 +127,38 @@ def test_override_and_round_trip(tmp_path):
 
 @pytest.mark.parametrize("name", ["demo", "lesson"])
 def test_shipped_recipes_are_valid(name): assert load_recipe(name)["name"] == name
+
+
+def test_a_variant_changes_its_base(tmp_path):
+    "Merged key by key at every depth; the base keeps its name and its folder for itself."
+    save_recipe({"name": "large", "output_dir": "runs/l", "seed": 4, "sample": {"n": 8, "top_k": 5},
+                 "calibrate": {"methods": {"vcb": {"loss_params": {"gamma": 1}}, "dpo": {}}}},
+                tmp_path/"large.yaml")
+    (tmp_path/"small.yaml").write_text(
+        "base: large.yaml\nsample: {top_k: 0}\ncalibrate: {methods: {vcb: {loss_params: "
+        "{gamma: .5}}}}\n")
+    found = load_recipe(str(tmp_path/"small.yaml"), {"sample.n": 3})
+    assert found["sample"] == {"n": 3, "top_k": 0} and found["seed"] == 4
+    assert found["calibrate"]["methods"] == {"vcb": {"loss_params": {"gamma": .5}}, "dpo": {}}
+    assert (found["name"], found["output_dir"]) == ("small", "runs/small")
+    (tmp_path/"mine.yaml").write_text("base: lesson\nseed: 9\n")
+    assert load_recipe(str(tmp_path/"mine.yaml"))["sample"] == load_recipe("lesson")["sample"]
+
+
+@pytest.mark.parametrize("base, said", [
+    ("a.yaml", "leads back to it"), ("b.yaml", "leads back"), ("../c.yaml", "another folder"),
+    ("/tmp/c.yaml", "another folder"), ("demmo", "Did you mean 'demo'"), ("3.5", "a string is"),
+    ("[a]", "a string is needed")])
+def test_a_base_that_cannot_be_used(tmp_path, base, said):
+    (tmp_path/"a.yaml").write_text(f"base: {base}\n")
+    (tmp_path/"b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(InputError, match=said): load_recipe(str(tmp_path/"a.yaml"))
+
+
+@pytest.mark.parametrize("name, kind", [("fsdp2", "FSDP"), ("zero3", "DEEPSPEED")])
+def test_accelerate_reads_the_configs_beside_the_recipes(name, kind):
+    "By its own reader, which refuses a key that it does not know."
+    from accelerate.commands.config.config_args import load_config_from_file
+    folder = Path(__file__).parents[1]/"recipes"/"accelerate"
+    config = load_config_from_file(str(folder/f"{name}.yaml"))
+    assert config.distributed_type == kind and config.mixed_precision == "bf16"

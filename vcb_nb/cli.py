@@ -98,8 +98,15 @@ def run_parser()->_Parser:
             seed="seed of every stage for which the recipe sets none",
             model="the model that every stage starts from, where the recipe trains none").items():
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=help)
+    parser.add_argument("--device", default="here", metavar="NAME", help="of --budget: h100, h200, "
+                        "a100, rtx4090, t4, several as 8xh100, or cpu: this machine, measured in "
+                        "ten seconds (default)")
+    parser.add_argument("--price", type=float, metavar="DOLLARS", help="of --budget: of one device "
+                        "for an hour")
     parser.add_flag("plan", "list the jobs, their states and what keeps any of them from starting; "
                     "do nothing")
+    parser.add_flag("budget", "with --plan: operations, memory, disk, time and price of each job, "
+                    "and what would make it fit")
     _add_common(parser)
     parser.epilog = "\n".join([
         "Any setting of any stage can be given as --STAGE.SETTING VALUE, for example",
@@ -237,9 +244,10 @@ def _run_recipe(args:list)->None:
     for key, value in {**settings, "upto": own.upto}.items():
         if value == "": raise InputError(f"--{key} is empty. Give it a value, or leave it out.")
     recipe = load_recipe(own.words[0], settings)
-    if own.plan:
+    if own.plan or own.budget:
         jobs = plan(recipe)
-        return _show_plan(up_to(jobs, own.upto) if own.upto else jobs)
+        if own.upto: jobs = up_to(jobs, own.upto)
+        with _trust(own): return _show_plan(jobs) or own.budget and _show_budget(jobs, own)
     with _trust(own): states = run_recipe(recipe, own.upto, own.redo)
     report = Path(recipe["output_dir"])/"report"/"index.html"
     if set(states.values()) == {"done"}: print("Everything is up to date; nothing was done.")
@@ -253,6 +261,11 @@ def _show_plan(jobs:list)->None:
     for name, said in states.items():
         print(f"{name:<24} {' '.join(filter(None, said))}{', cannot start' * (name in problems)}")
     if problems: raise Problems(problems)
+
+def _show_budget(jobs:list, own)->None:
+    "A row per job, and what does not fit."
+    from vcb_nb.budget import budget_text, recipe_budget
+    print("\n" + budget_text(*recipe_budget(jobs, own.device), own.price))
 
 def _trust(own):
     "What --trust_remote_code does: here and in Python only, no recipe can set it."

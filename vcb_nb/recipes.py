@@ -19,10 +19,12 @@ from .stages import Files, check_folder_name, find_stage, stage_names
 _HERE = Path(__file__).parent if "__file__" in globals() else Path()
 
 def shipped_recipes()->dict: # name → file
-    "The recipes that come with the package: in the wheel, or beside it in a checkout."
-    folders = [_HERE/"recipe_files", _HERE.parent/"recipes"]
-    return {p.stem: p for folder in folders if folder.is_dir()
-            for p in sorted(folder.glob("*.yaml"))}
+    "The recipes that come with the package, in the wheel or beside it, each with its variants."
+    folders, found = [_HERE/"recipe_files", _HERE.parent/"recipes"], {}
+    for path in (p for folder in folders for p in sorted(folder.glob("*.yaml"))):
+        variants = sorted((path.parent/path.stem).glob("*.yaml"))
+        found |= {path.stem: path, **{f"{path.stem}/{v.stem}": v for v in variants}}
+    return found
 
 def find_recipe(name:str, # a file, or the name of a recipe that comes with the package
                )->Path:
@@ -97,6 +99,27 @@ def _read_yaml(path:Path)->dict:
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no settings. A recipe maps sections to settings.")
     return content
+
+# %% ../nbs/runs/02_recipes.ipynb #51974083
+def _merged(old, new):
+    "A mapping changed by another, at every depth."
+    if not (isinstance(old, dict) and isinstance(new, dict)): return new
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
+
+def _read_with_base(path:Path, above:tuple=())->dict: # above: files that led here
+    "What a recipe's file says, over what its base says."
+    recipe = _read_yaml(path)
+    if "base" not in recipe: return recipe
+    name = coerce(recipe.pop("base"), str, f"{path.name}: base")
+    beside = path.parent/name
+    if "/" in name.replace("\\", "/") and name not in shipped_recipes():
+        raise InputError(f"{path.name}: the base '{name}' is in another folder. Name a recipe that "
+                         "comes with the package, or a file beside this one.")
+    base = beside if beside.is_file() else find_recipe(name)
+    if base.resolve() in (path.resolve(), *above):
+        raise InputError(f"{path.name}: its base '{name}' leads back to it. Leave base out.")
+    given = _read_with_base(base, (path.resolve(), *above))
+    return _merged({k: v for k, v in given.items() if k not in ("name", "output_dir")}, recipe)
 
 # %% ../nbs/runs/02_recipes.ipynb #a6b513f5
 def _hint_of(key:str):
@@ -184,7 +207,7 @@ def load_recipe(name:str, # a file, or the name of a recipe that comes with the 
                )->dict:
     "Read, override and check a recipe; `name`, `seed` and `output_dir` get their defaults."
     path = find_recipe(name)
-    recipe = _read_yaml(path)
+    recipe = _read_with_base(path)
     _refuse_climbing(recipe, path.name)
     for key, value in (overrides or {}).items(): apply_override(recipe, key, value)
     recipe.setdefault("name", path.stem)
