@@ -140,7 +140,7 @@ def packed_attention(module, query:Tensor, # [1, heads, length, head size]
             raise InputError(f"{type(module).__name__} was not handed the layout of packed "
                              "candidates. Set way='rows' for this model.")
         return attend(module, query, key, value, attention_mask, **kwargs)
-    if not isinstance(packing, PackedCandidates): # a layout that attends itself, as in decoding
+    if hasattr(packing, "attend"): # a layout of another kind, as in decoding
         return packing.attend(module, query, key, value, **kwargs), None
     # One split, not many slices: its backward is one concatenation.
     sizes = [size for group in packing.groups for size in group]
