@@ -357,7 +357,7 @@ def test_the_pages_show_the_stored_results():
     "README and lesson say what was measured, to the digit."
     pages = {page: "".join("".join(cell["source"]) for cell in json.loads(
         (tables.RESULTS.parents[1]/"nbs"/page).read_text("utf-8"))["cells"])
-        for page in ("index.ipynb", "foundations/13_packing.ipynb")}
+        for page in ("index.ipynb", "foundations/14_packing.ipynb")}
     for text in pages.values(): assert tables.headline() in text
     for table in (tables.others(), tables.growth()):
-        assert table in pages["foundations/13_packing.ipynb"]
+        assert table in pages["foundations/14_packing.ipynb"]

@@ -24,7 +24,7 @@ def execute(path, folder=None):
 
 
 if __name__ == "__main__":
-    if not sys.argv[1:]: sys.exit("Name the notebooks to run: nbs/foundations/14_logprobs.ipynb")
+    if not sys.argv[1:]: sys.exit("Name the notebooks to run: nbs/foundations/15_logprobs.ipynb")
     for path in sys.argv[1:]:
         nbformat.write(execute(path), path)
         print(path)
