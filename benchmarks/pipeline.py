@@ -2,7 +2,7 @@
 
     python -m benchmarks.pipeline runs/demo --label before --out stages.jsonl
     python -m benchmarks.pipeline --figure stages.jsonl stages.png"""
-import argparse, datetime, json
+import argparse, datetime, json, re
 from pathlib import Path
 
 from matplotlib import pyplot as plt
@@ -18,14 +18,22 @@ SHOWN = {"sft": "#5b8a72", "reward": "#ca7025", "sample": "#3f1f9e", "score": "#
 OTHERS = "#a0a0a0"
 
 
+NAMES = [stage.name for stage in STAGES]
+
+
+def stage_of(job:str)->str:
+    "The stage of a job, which may be one of several: calibrate/vcb, sample_validation."
+    return next(name for name in NAMES if re.fullmatch(rf"{name}([/_].*)?", job))
+
+
 def stage_seconds(run)->dict: # stage -> seconds
     "The time of each stage in a finished run, over its jobs."
     found = {}
     for path in sorted(Path(run).rglob("manifest.json")):
         made = json.loads(path.read_text("utf-8"))
-        found[made["stage"]] = found.get(made["stage"], 0.) + made["seconds"]
-    order = [stage.name for stage in STAGES]
-    return {name: found[name] for name in sorted(found, key=order.index)}
+        stage = stage_of(made["stage"])
+        found[stage] = found.get(stage, 0.) + made["seconds"]
+    return {name: found[name] for name in sorted(found, key=NAMES.index)}
 
 
 def record(run, label:str)->dict:

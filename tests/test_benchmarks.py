@@ -167,15 +167,19 @@ def test_the_needed_operations_are_those_of_a_profile(arch, lora, tiny_tokenizer
 # --- a whole run ----------------------------------------------------------------------------------
 
 def test_the_time_of_a_stage_is_that_of_all_its_jobs(tmp_path, capsys):
-    for job, stage, taken in (("sft", "sft", 2.), ("calibrate/vcb", "calibrate", 3.),
-                              ("calibrate/dpo", "calibrate", 4.), ("tokenizer", "tokenizer", 1.)):
+    for job, stage, taken in (("sft", "sft", 2.),
+                              ("calibrate/vcb", "calibrate/vcb", 3.),
+                              ("calibrate/dpo", "calibrate/dpo", 4.),
+                              ("tokenizer", "tokenizer", 1.),
+                              ("sample_validation", "sample_validation", .5)):
         write_json(tmp_path/"demo"/job/"manifest.json", {"stage": stage, "seconds": taken})
     pipeline.main([str(tmp_path/"demo"), "--label", "before"])
     row = json.loads(capsys.readouterr().out)
-    assert list(row["seconds"].items()) == [("tokenizer", 1.), ("sft", 2.), ("calibrate", 7.)]
-    assert (row["run"], row["label"], row["total"]) == ("demo", "before", 10.)
+    assert list(row["seconds"].items()) == [("tokenizer", 1.), ("sft", 2.), ("sample", .5),
+                                            ("calibrate", 7.)]
+    assert (row["run"], row["label"], row["total"]) == ("demo", "before", 10.5)
     bars = pipeline.figure([row, {**row, "label": "after"}]).axes[0].patches
-    assert sum(bar.get_width() for bar in bars) == pytest.approx(20.)
+    assert sum(bar.get_width() for bar in bars) == pytest.approx(21.)
 
 
 # --- attention alone ------------------------------------------------------------------------------
