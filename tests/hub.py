@@ -3,7 +3,7 @@
 It serves the folders below `root`, `datasets/owner/name` and `models/owner/name`, each with its one
 commit under the names `main` and `v1`, and notes which files were asked for. A file that is to
 `stall` is sent up to its middle only, and then nothing more."""
-import hashlib, json, threading, time
+import hashlib, json, os, sys, threading, time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote
@@ -94,3 +94,9 @@ def hub(root, commits=()):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try: yield server
     finally: server.shutdown(), server.server_close()
+
+
+def online(server, cache)->dict:
+    "The environment of a process that has this hub, a cache of its own, and the tests' path."
+    return {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0",
+            "HF_DATASETS_OFFLINE": "0", "PYTHONPATH": os.pathsep.join(sys.path)}

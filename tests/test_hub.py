@@ -1,10 +1,10 @@
 """Models and data by their names on the Hub, through the real clients and a server on this machine
 that has the Hub's layout (hub.py)."""
-import json, os, subprocess, sys
+import json, subprocess, sys
 
 import pytest, torch
 
-from hub import hub
+import hub
 from tiny_models import make_tokenizer, tiny
 from vcb_nb.artifacts import InputError, write_jsonl
 from vcb_nb.data import load_demonstrations, load_rows, other_splits, recognise, source_files
@@ -47,15 +47,13 @@ def server(tmp_path_factory):
     folder = root/"models"/"ann"/"tiny"
     save_model(tiny(tokenizer), tokenizer, folder)
     (folder/"pytorch_model.bin").write_bytes(b"a pickle")
-    with hub(root) as server: yield server
+    with hub.hub(root) as server: yield server
 
 
 @pytest.fixture
 def online(server, tmp_path):
     "A function that runs Python with this hub and no cache: what it printed, and the files read."
-    env = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path/"cache"),
-           "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0",
-           "PYTHONPATH": os.pathsep.join(sys.path)}
+    env = hub.online(server, tmp_path/"cache")
     def call(*args):
         server.asked.clear()
         done = subprocess.run([sys.executable, *map(str, args)], env=env, text=True,

@@ -1,7 +1,7 @@
 """The recipes for 2.8B by their hub names, end to end: repositories in the layout of the real ones
 (files, splits, columns, commits), with real rows and the real tokenizer, and a toy model of the
 same architecture, served by a hub on this machine (hub.py) to the real clients."""
-import gzip, json, os, subprocess, sys, time
+import gzip, json, subprocess, sys, time
 from importlib.util import find_spec
 
 import pytest, torch
@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE as PIECE
 
-from hub import hub
+import hub
 from vcb_nb.artifacts import read_json
 from vcb_nb.recipes import load_recipe, shipped_recipes
 
@@ -100,7 +100,7 @@ def server(tmp_path_factory, shared_data):
     summaries(root/"datasets", shared_data)
     pythia(root/"models"/"EleutherAI"/"pythia-2.8b", shared_data, 16)
     pythia(root/"models"/"EleutherAI"/"pythia-160m", shared_data, 128) # more than a piece of 10 MB
-    with hub(root, COMMITS) as server: yield server
+    with hub.hub(root, COMMITS) as server: yield server
 
 
 # --- running a recipe -------------------------------------------------------------------------
@@ -117,9 +117,7 @@ SMALL = {"data.test_share": .2, "data.validation_share": .2, "data.max_prompts":
 @pytest.fixture
 def vcb(server, tmp_path):
     "A function that starts `vcb` with this hub and a cache of its own."
-    env = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path/"cache"),
-           "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0",
-           "PYTHONPATH": os.pathsep.join(sys.path)}
+    env = hub.online(server, tmp_path/"cache")
     server.asked.clear(), server.ranges.clear()
     def start(*words, **settings):
         options = [f"--{name}={value}" for name, value in settings.items()]

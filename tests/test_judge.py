@@ -178,7 +178,8 @@ def test_other_prompts_are_refused(tmp_path):
     with pytest.raises(InputError, match="'b' has 1 rows, 'a' 2"):
         read_policies(JudgeConfig(**base, responses=responses))
     for given in ({}, dict(responses=responses, evaluation="x")):
-        with pytest.raises(InputError, match="evaluation is not set"): JudgeConfig(**base, **given)
+        with pytest.raises(InputError, match="evaluation and responses are"):
+            JudgeConfig(**base, **given)
     with pytest.raises(InputError, match="no summary.json"):
         read_policies(JudgeConfig(**base, evaluation=str(tmp_path)))
 

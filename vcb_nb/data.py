@@ -228,7 +228,9 @@ def _table_rows(path):
 
 _READERS = {"txt": _text_rows, "csv": _table_rows, "tsv": _table_rows}
 
-def _file_rows(paths, part=slice(None)):
+_ALL = slice(None) # a part of a source's rows: all
+
+def _file_rows(paths, part=_ALL):
     "Yield (place, row) of all files in turn, or of a part of their rows."
     rows = chain.from_iterable(_READERS.get(_kind(path), _json_rows)(path) for path in paths)
     return islice(rows, part.start, part.stop)
@@ -276,7 +278,7 @@ class _Rows:
         self._kept = None
 
     @classmethod
-    def of(cls, paths, part=slice(None)):
+    def of(cls, paths, part=_ALL):
         "The rows of files. A changed file must not be served from the cache of the old one."
         stats = [Path(p).stat() for p in paths]
         stamp = tuple((str(p), s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats))
@@ -422,8 +424,6 @@ def _folder_files(folder, split):
     raise InputError(f"{folder}: no {_ENDINGS} file{named}. Give another folder.")
 
 # %% ../nbs/foundations/06_data.ipynb #560d64cc
-_ALL = slice(None)
-
 def _rows_named(source, rows:str)->slice:
     "The part `first:end]` of a source, counted from 0."
     found = re.fullmatch(r"(\d*):(\d*)\]", rows)
@@ -433,7 +433,8 @@ def _rows_named(source, rows:str)->slice:
                          "'#train[:1000]' or '#[1000:1200]'.")
     return part
 
-def _part(dataset, part)->Dataset: return dataset.select(range(*part.indices(len(dataset))))
+def _part(dataset, part)->Dataset:
+    return dataset if part == _ALL else dataset.select(range(*part.indices(len(dataset))))
 
 def _taken(stream, part)->Dataset:
     "Those rows of an `IterableDataset`, in memory; no more of it is read."

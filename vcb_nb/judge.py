@@ -49,8 +49,8 @@ class JudgeConfig(ChatConfig):
         if not 0 < self.level < 1:
             raise InputError(f"level is {self.level}. Set it between 0 and 1, for example to 0.95.")
         if bool(self.evaluation) == bool(self.responses):
-            raise InputError("evaluation is not set. Give the folder of an evaluation, or "
-                             "responses, but not both.")
+            raise InputError("evaluation and responses are " + ("both set" if self.evaluation else
+                             "not set") + ". Give the folder of an evaluation, or responses.")
         self.template = str(find_template("judge", self.template))
         self.cache = self.cache or str(Path(self.output_dir)/"answers")
 

@@ -174,7 +174,7 @@ def choose_way(model, # causal LM or reward model
         enable_packing(model, length, shares)
         say_once("Sequences are packed into one row, each prompt once.", logging.INFO)
         return "shared"
-    say_once(f"Sequences are padded rows, and each repeats its prompt: {reason}.", logging.WARNING)
+    say_once(f"Sequences are padded rows: {reason}.", logging.WARNING)
     return "rows"
 
 def candidate_logps(model, # causal LM, possibly wrapped (DDP, PEFT)
