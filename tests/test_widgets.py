@@ -2,11 +2,12 @@
 import io, json, subprocess, sys
 from pathlib import Path
 
-import ipywidgets, pytest, torch
+import ipywidgets, matplotlib, pytest, torch
 from matplotlib.image import imread
 
 from vcb_nb import widgets
 from vcb_nb.losses import LOSSES, check_loss
+from vcb_nb.plots import STYLE
 from vcb_nb.widgets import (HIGH, LOW, RESPONSES, BenchFigure, alike, bench_world, compute,
                             exact_frontier, outcome, playground, train)
 from vcb_nb.worlds import (draw_candidates, expected, fit_table, frontier_reward, kl_divergence,
@@ -146,8 +147,10 @@ def test_every_pair_of_methods_can_be_shown(bench):
         assert bench.comparison.methods == (name, name)
 
 
-def test_fast_picture_is_the_slow_one():
+@pytest.mark.parametrize("style", [{}, STYLE], ids=["matplotlib's style", "the book's"])
+def test_fast_picture_is_the_slow_one(style):
     "Pixels drawn over kept pixels equal a full drawing, but for where a line crosses an axis."
+    matplotlib.rcParams.update(style)
     view = BenchFigure()
     for setting in ((("vcb", "dpo"), .5), (("ipo", "slic"), 1.)):
         fast = pixels(view.draw(compute(*setting)).png())

@@ -16,6 +16,7 @@ import ipywidgets
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.image import imsave
 from torch import Tensor
 
@@ -233,7 +234,9 @@ class BenchFigure:
 
     `draw` sets their data; `figure` can be shown or saved as any other; `png` is the fast way."""
     def __init__(self, size:tuple=(10.6, 3.9), dpi:int=92):
-        self.figure = Figure(figsize=size, dpi=dpi, facecolor="white", layout="none")
+        # With no engine at all, saving the figure would leave it that of the style in use.
+        still = PlaceHolderLayoutEngine(adjust_compatible=True, colorbar_gridspec=True)
+        self.figure = Figure(figsize=size, dpi=dpi, facecolor="white", layout=still)
         self.artists = BenchArtists(self.figure)
         self.pixels = StillPixels(self.figure, self.artists.moving)
 
