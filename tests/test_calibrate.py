@@ -390,6 +390,7 @@ torch.set_num_threads(1)
 from datasets import Dataset
 from vcb_nb.calibrate import CalibrationConfig, CalibrationTrainer
 from vcb_nb.loading import load_policy, load_tokenizer
+from vcb_nb.shards import leave_group
 sft, folder, size, accumulate, reference = sys.argv[1:]
 rows = [json.loads(line) for line in open(os.path.join(folder, "rows.jsonl"))]
 args = CalibrationConfig(
@@ -403,7 +404,8 @@ trainer.train()
 if trainer.is_world_process_zero():
     weights = sum(p.double().square().sum().item() for p in trainer.model.parameters())
     print("RESULT" + json.dumps([trainer.state.log_history, weights]))
-trainer.accelerator.end_training()
+del trainer
+leave_group()
 """
 
 

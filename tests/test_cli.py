@@ -1,5 +1,5 @@
 "The command line: every command helps, every bad input gives one sentence and exit status 2."
-import dataclasses, subprocess, sys
+import dataclasses, os, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -126,6 +126,35 @@ def test_torchrun_starts_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert read_manifest(tmp_path/"s")["summary"]["samples"] == 4
     assert len(list((tmp_path/"s"/"data").glob("part-*-of-00002.jsonl"))) == 2
+
+
+THREADS = """
+import sys
+from pathlib import Path
+from vcb_nb.cli import main
+status = main(sys.argv[1:])
+names = [name.read_text() for name in Path("/proc/self/task").glob("*/comm")]
+print(f"status {status}, gloo: {any('gloo' in name for name in names)}")
+"""
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are read from /proc")
+@pytest.mark.parametrize("end", ["", "import torch; torch.distributed.destroy_process_group = list"],
+                         ids=["left", "kept"])
+def test_no_thread_of_the_group_outlives_the_command(tmp_path, end):
+    """A thread of torch's group that lets go of a tensor while Python ends aborts the process.
+    That the threads would be seen is shown by a command that cannot leave its group."""
+    tokenizer = make_tokenizer("<|padding|>", pad_token="<|padding|>")
+    model = new_policy(tokenizer, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    save_model(model, tokenizer, tmp_path/"model")
+    (tmp_path/"d.jsonl").write_text("".join(f'{{"prompt": "Soup {i}", "completion": " was hot"}}\n'
+                                            for i in range(8)))
+    (tmp_path/"worker.py").write_text(end + THREADS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", "--", tmp_path/"worker.py", "sft", "--model", tmp_path/"model", "--data",
+               tmp_path/"d.jsonl", "--max_steps", "2", "--use_cpu", "--output_dir", tmp_path/"sft"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
+    assert done.stdout.count(f"status 0, gloo: {bool(end)}") == 2, done.stderr
 
 
 PAIR = '{"prompt": "a", "chosen": " b", "rejected": " c"}\n'

@@ -28,6 +28,7 @@ from vcb_nb.packing import HEAD_BYTES, PackedCandidates
 from vcb_nb.reward import RewardConfig
 from vcb_nb.saving import save_model
 from vcb_nb.sft import SFTConfig
+from vcb_nb.shards import leave_group
 from vcb_nb.loading import load_tokenizer
 from vcb_nb.training import checkpoint_args, read_curve, run_training
 
@@ -339,9 +340,7 @@ def worker(files, out):
         train(name.partition(",")[0], files, out/name, **options)
     found = [sharded(files, *case) for case in SHARDED]
     if not torch.distributed.get_rank(): torch.save(found, out/"sharded.pt")
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0) # gloo's threads may outlive the interpreter, which then aborts
+    leave_group()
 
 
 @pytest.fixture(scope="module")

@@ -373,6 +373,12 @@ def _resume(args)->str:
 
 def _say(sentence)->None: print(f"vcb: {sentence}", file=sys.stderr)
 
+def _leave()->None:
+    "Leave the group of processes, if a stage has begun one; `vcb --version` loads no torch."
+    if "torch" in sys.modules:
+        from vcb_nb.shards import leave_group
+        leave_group()
+
 # %% ../nbs/runs/05_cli.ipynb #2ca66f95
 def main(args:list=None, # words of the command line; by default those of this process
         )->int: # 0 done, 1 the disk refused, 2 bad input, 130 and 143 stopped by SIGINT, SIGTERM
@@ -385,10 +391,14 @@ def main(args:list=None, # words of the command line; by default those of this p
     _listen()
     try:
         _dispatch(args)
+        _leave()
         sys.stdout.flush()
     except BrokenPipeError: # `vcb run demo --plan | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except InputError as e: return [*map(_say, getattr(e, "problems", [e]))] and 2
+    except InputError as e:
+        for problem in getattr(e, "problems", [e]): _say(problem)
+        _leave()
+        return 2
     except KeyboardInterrupt as e:
         signum = e.args[0] if isinstance(e, Stopped) else signal.SIGINT
         _say(f"stopped by {signal.Signals(signum).name} in {getattr(e, 'job', 'the preparation')}. "
