@@ -11,7 +11,8 @@ __all__ = []
 import logging, math
 from collections import defaultdict, deque
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .batches import accepts, pad_rows, unwrap
 from .logprobs import say_once
-from .packing import attends_plainly, enable_packing, packed_inputs, supports_packing
+from .packing import SHORT, attends_plainly, enable_packing, packed_inputs, supports_packing
 from .tokenizers import end_ids, filler_id
 
 # %% ../nbs/foundations/16_decoding.ipynb #9b36633e
@@ -367,12 +368,22 @@ def _decode_once(*args)->None: # of `_Company`
         if len(company.rows): company.step()
 
 # %% ../nbs/foundations/16_decoding.ipynb #c633db99
+LARGE = 2**17 # numbers in a layer's weight from which on a call of oneDNN pays
+
+@cache
+def is_mkl_slow()->bool:
+    "Does torch call MKL on a processor of another maker than its own?"
+    try: said = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError: return False # not Linux: we do not know
+    return torch.backends.mkl.is_available() and "vendor_id" in said and "GenuineIntel" not in said
+
 def _is_plain(layer)->bool:
-    "Is it a linear layer with fp32 weights of its own in a processor's memory?"
+    "Is it a linear layer with fp32 weights of its own, and many, in a processor's memory?"
     if type(layer) is not nn.Linear or "forward" in vars(layer): return False
     weight = layer.weight # ZeRO-3 marks what it has gathered and will drop
     return (type(weight) is nn.Parameter and weight.device.type == "cpu"
-            and weight.dtype == torch.float32 and not hasattr(weight, "ds_id"))
+            and weight.dtype == torch.float32 and not hasattr(weight, "ds_id")
+            and weight.numel() >= LARGE)
 
 def _onednn(layer, x)->Tensor:
     "The layer's output; oneDNN's product has no gradient."
@@ -382,9 +393,10 @@ def _onednn(layer, x)->Tensor:
 
 @contextmanager
 def quick_products(model):
-    "Inside, the model's plain linear layers compute their fp32 products by oneDNN, if it is there."
+    "Inside, the model's plain linear layers compute fp32 products by oneDNN where MKL is slow."
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    layers = [layer for layer in model.modules() if there and _is_plain(layer)]
+    quicker = there and is_mkl_slow()
+    layers = [layer for layer in model.modules() if quicker and _is_plain(layer)]
     for layer in layers: layer.forward = partial(_onednn, layer)
     try: yield
     finally:
@@ -503,7 +515,7 @@ def decode(model, # causal LM in eval mode
     ends = torch.tensor(sorted(ids), device=device, dtype=torch.long)
     drawn = lambda draws: _Drawing(draws, banned_id(tokenizer, ids), sampling)
     length = max(map(len, prompts)) + draws.shape[1]
-    if supports_packing(model, length)[0] and attends_plainly(model, length):
+    if length > SHORT and supports_packing(model, length)[0] and attends_plainly(model, length):
         drawing = drawn(draws)
         with quick_products(model):
             _decode_once(enable_packing(model, length), prompts, n, drawing, ends, batch_size,

@@ -10,7 +10,7 @@ __all__ = ['PackedCandidates', 'pack_candidates', 'supports_packing', 'enable_pa
 # %% ../nbs/foundations/14_packing.ipynb #a3de23f2
 import inspect, sys
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from .artifacts import InputError
-from .batches import accepts, check_candidates, unwrap
+from .batches import accepts, check_candidates, pad_rows, unwrap
 
 # %% ../nbs/foundations/14_packing.ipynb #1ab9ff43
 def _group_places(prompt:list, completions:list, start:int, whole:bool)->tuple:
@@ -56,6 +56,7 @@ class PackedCandidates:
     visible:dict # (prompt, own) lengths, and a window's -> [own, prompt + own] bool, who sees what
     whole:bool # do the responses keep their last token, which predicts nothing?
     lean:bool=False # does autograd join a response's keys and values again, to save memory?
+    stacks:dict=field(default_factory=dict) # window -> `_Stacks` of this device, once needed
 
     def lengths(self)->list:
         "Tokens of each candidate, prompt and response."
@@ -66,7 +67,7 @@ class PackedCandidates:
         "The same layout on another device."
         moved = {k: v.to(device, **kwargs) for k, v in vars(self).items() if isinstance(v, Tensor)}
         visible = {k: v.to(device, **kwargs) for k, v in self.visible.items()}
-        return replace(self, **moved, visible=visible)
+        return replace(self, **moved, visible=visible, stacks={})
 
 def pack_candidates(prompt_ids:list, # [prompts] lists of token ids
                     completion_ids:list, # [prompts][candidates] lists of token ids
@@ -142,16 +143,21 @@ def packed_attention(module, query:Tensor, # [1, heads, length, head size]
         return attend(module, query, key, value, attention_mask, **kwargs)
     if hasattr(packing, "attend"): # a layout of another kind, as in decoding
         return packing.attend(module, query, key, value, **kwargs), None
+    row, window = (query, key, _out_of_fused(value, key)), kwargs.get("sliding_window")
+    attend = partial(attend, module, **kwargs)
+    if is_short(packing): return _attend_stacks(attend, row, _stacks(packing, window)), None
+    return _attend_pieces(attend, row, packing, window), None
+
+def _attend_pieces(attend, row, packing, window)->Tensor: # [1, length, heads, head size]
+    "Attention by one call for each piece."
     # One split, not many slices: its backward is one concatenation.
     sizes = [size for group in packing.groups for size in group]
-    row = query, key, _out_of_fused(value, key)
     pieces, out = zip(*(x.split(sizes, dim=2) for x in row)), []
-    sees = partial(_sees, packing, kwargs.get("sliding_window"))
-    attend = partial(attend, module, **kwargs)
+    sees = partial(_sees, packing, window)
     for lengths in packing.groups:
         group = [next(pieces) for _ in lengths]
         out += _attend_group(attend, group, lengths, sees, packing.lean)
-    return torch.cat(out, dim=1), None
+    return torch.cat(out, dim=1)
 
 def _out_of_fused(value, key)->Tensor:
     "Values copied out of a fused projection, three times their size, if nothing else keeps it."
@@ -187,6 +193,75 @@ def _sees(packing, window:"int | None", before:int, own:int)->"Tensor | None":
     if lengths not in packing.visible:
         packing.visible[lengths] = _sight(*lengths, device=packing.input_ids.device)
     return packing.visible[lengths][None, None]
+
+# %% ../nbs/foundations/14_packing.ipynb #fa90ef14
+SHORT = 128 # tokens of a prompt and a response, up to which pieces are stacked
+
+def is_short(packing)->bool:
+    "Are all candidates of a layout short?"
+    return max(map(max, packing.groups)) <= SHORT >= max(packing.lengths())
+
+class _Stack(NamedTuple):
+    "Pieces as rows of one length."
+    queries:Tensor # [pieces, most queries] their places in the packed row
+    keys:Tensor # [pieces, most keys]
+    seen:"Tensor | None" # [pieces, 1, queries, keys] bool; None: all that come before
+
+class _Stacks(NamedTuple):
+    "All pieces of a layout: the prompts, and the responses."
+    stacks:list # of `_Stack`
+    back:Tensor # [length] where a token's output stands among those of all stacks
+
+def _stack(pieces:list, window, device)->tuple: # `_Stack`, its true queries [pieces, most] bool
+    "Rows of pieces (places of the queries, places of the keys)."
+    (queries, real), (keys, _) = (pad_rows(list(map(list, rows)), 0) for rows in zip(*pieces))
+    before = torch.tensor([len(keys) - len(queries) for queries, keys in pieces])
+    seen, width = None, keys.shape[1]
+    if before.any() or window and window < width:
+        # What stands behind a piece's end sees something too: without any key it would be NaN.
+        place = (before[:, None] + torch.arange(queries.shape[1])).clamp(max=width - 1)
+        gap = place[..., None] - torch.arange(width)
+        seen = ((gap >= 0) & (gap < (window or width)))[:, None].to(device)
+    return _Stack(queries.to(device), keys.to(device), seen), real.bool()
+
+def _stacks(packing, window)->_Stacks:
+    "How a layout's pieces are stacked, made once for all layers with the same window."
+    if window not in packing.stacks:
+        pieces, device = _piece_places(packing.groups), packing.input_ids.device
+        stacks, back, taken = [], torch.zeros(packing.input_ids.shape[1], dtype=torch.long), 0
+        for stack, real in (_stack(kind, window, device) for kind in pieces if kind):
+            back[stack.queries.cpu()[real]] = taken + real.flatten().nonzero()[:, 0]
+            taken += real.numel()
+            stacks.append(stack)
+        packing.stacks[window] = _Stacks(stacks, back.to(device))
+    return packing.stacks[window]
+
+def _piece_places(groups)->tuple: # prompts, responses
+    "Where the queries and the keys of each piece stand in the row."
+    prompts, responses, end = [], [], 0
+    for size, *owns in groups:
+        prompt, end = range(end, end + size), end + size
+        prompts.append((prompt, prompt))
+        for own in filter(None, owns): # a response of one token has none in the row
+            mine, end = range(end, end + own), end + own
+            responses.append((mine, [*prompt, *mine]))
+    return prompts, responses
+
+def _attend_stacks(attend, row, stacks)->Tensor: # [1, length, heads, head size]
+    "Attention by one call for all prompts, and one for all responses."
+    tables, out = [x[0].transpose(0, 1) for x in row], []
+    for queries, keys, seen in stacks.stacks:
+        rows = [_rows(table, at) for table, at in zip(tables, (queries, keys, keys))]
+        out.append(attend(*rows, seen)[0].flatten(0, 1))
+    return _taken(torch.cat(out), stacks.back)[None]
+
+def _rows(table, places)->Tensor: # [pieces, heads, most, head size]
+    "Rows of tokens from a table [length, heads, head size]."
+    return _taken(table, places).transpose(1, 2)
+
+def _taken(table, places)->Tensor: # [*places, heads, head size]
+    "Entries of a table; a sum over equal places is quick in the backward of an embedding."
+    return F.embedding(places, table.flatten(1)).unflatten(-1, table.shape[1:])
 
 # %% ../nbs/foundations/14_packing.ipynb #02d50221
 def _own_attention(module, query, key, value, mask, **kwargs)->tuple:
