@@ -1,6 +1,7 @@
 """Decoding with the prompt's keys and values kept once, against `generate` and whole passes: every
 architecture that can be packed, any batch, rows that end and prompts that take their place."""
 from functools import partial
+from pathlib import Path
 
 import pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -16,6 +17,15 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [3, 4], [15] * 11, [16, 17, 
            [20 + i for i in range(150)]] # the last is longer than two blocks of queries
 LAYERS, HEADS, SIZE = 2, 2, 8 # of the keys and values of a tiny llama
 LAST = 12 # most tokens of a sample
+MKL_IS_SLOW = decoding.is_mkl_slow
+
+
+@pytest.fixture(autouse=True)
+def large(monkeypatch):
+    "Tiny models, short prompts and any processor take the ways that are meant for others."
+    monkeypatch.setattr(decoding, "SHORT", 0)
+    monkeypatch.setattr(decoding, "LARGE", 0)
+    monkeypatch.setattr(decoding, "is_mkl_slow", lambda: True)
 
 
 def tiny(tokenizer, architecture="llama", scale=10, **kwargs):
@@ -186,6 +196,21 @@ def test_no_prompts_no_samples(tiny_tokenizer):
     assert tuple(drawn(tiny(tiny_tokenizer), tiny_tokenizer, prompts=[])) == ([], [], [])
 
 
+def test_short_sequences_are_decoded_from_repeated_caches(tiny_tokenizer, monkeypatch):
+    "Up to `SHORT` tokens of a prompt and a sample; the samples are the same."
+    model, longest, ways = tiny(tiny_tokenizer), max(map(len, PROMPTS)) + LAST, []
+    for name in ("_decode_once", "_decode_repeated"):
+        way = getattr(decoding, name)
+        monkeypatch.setattr(decoding, name, lambda *args, way=way: ways.append(way) or way(*args))
+    found = []
+    for short in (longest - 1, longest):
+        monkeypatch.setattr(decoding, "SHORT", short)
+        found.append(drawn(model, tiny_tokenizer, batch_size=len(PROMPTS)))
+    assert [way.__name__ for way in ways] == ["_decode_once", "_decode_repeated"]
+    assert found[0][:2] == found[1][:2]
+    for ours, theirs in zip(found[0][2], found[1][2]): close(ours, theirs, 1e-10)
+
+
 # ---- products
 
 def test_quick_products_are_the_same_products(tiny_tokenizer):
@@ -202,6 +227,23 @@ def test_quick_products_are_the_same_products(tiny_tokenizer):
     with pytest.raises(KeyError), decoding.quick_products(layers): raise KeyError
     assert not any("forward" in vars(layer) for layer in layers)
     assert layers[0](rows[1]).requires_grad
+
+
+@pytest.mark.parametrize("name, value", [("LARGE", 24*40 + 1), ("is_mkl_slow", lambda: False)])
+def test_where_mkl_is_quick_layers_keep_it(monkeypatch, name, value):
+    "On a processor of MKL's maker, and where a product is small."
+    monkeypatch.setattr(decoding, name, value)
+    layer = torch.nn.Linear(24, 40)
+    with decoding.quick_products(layer): assert "forward" not in vars(layer)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the maker stands in /proc/cpuinfo")
+def test_the_makers_name_decides(monkeypatch):
+    read = Path.read_text
+    for maker, slow in [("GenuineIntel", False), ("AuthenticAMD", True)]:
+        monkeypatch.setattr(Path, "read_text", lambda path, *args: f"vendor_id : {maker}\n"
+                            if str(path) == "/proc/cpuinfo" else read(path, *args))
+        assert MKL_IS_SLOW.__wrapped__() is (slow and torch.backends.mkl.is_available())
 
 
 class Sharded(torch.nn.Linear):

@@ -59,6 +59,26 @@ LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.}
 packed_logps = partial(candidate_logps, way="shared")
 
 
+@pytest.fixture(autouse=True, params=["pieces", "stacks"])
+def attention(request, monkeypatch):
+    "Everything holds for an attention call per piece, and for pieces that are stacked."
+    monkeypatch.setattr(packing, "SHORT", {"pieces": 0, "stacks": 200}[request.param])
+    return request.param
+
+only_pieces = pytest.mark.parametrize("attention", ["pieces"], indirect=True)
+only_stacks = pytest.mark.parametrize("attention", ["stacks"], indirect=True)
+
+
+def attention_calls(monkeypatch)->list:
+    "Notes the queries and keys of each call of SDPA, and whether it is plainly causal."
+    sdpa, seen = packing.sdpa_attention_forward, []
+    def spy(module, query, key, value, mask, **kwargs):
+        seen.append((query.shape[2], key.shape[2], mask is None))
+        return sdpa(module, query, key, value, mask, **kwargs)
+    monkeypatch.setattr(packing, "sdpa_attention_forward", spy)
+    return seen
+
+
 def tiny(tokenizer, architecture="gpt_neox", **kwargs):
     "A tiny model in float64; grouped-query attention where the architecture has it."
     return in_float64(fresh(tokenizer, architecture, **kwargs).double())
@@ -393,20 +413,53 @@ def test_dropout_is_no_reason_against_whole_sequences(tiny_tokenizer):
     assert logprobs.choose_way(model, shares=False) == "shared"
 
 
+@only_pieces
 def test_a_prompt_with_one_response_is_one_causal_piece(tiny_tokenizer, monkeypatch):
     "No mask, no joined keys, one call of SDPA per layer and sequence; also in a mixed row."
-    model, seen = tiny(tiny_tokenizer), []
-    sdpa = packing.sdpa_attention_forward
-    def spy(module, query, key, value, mask, **kwargs):
-        seen.append((query.shape[2], key.shape[2], mask is None))
-        return sdpa(module, query, key, value, mask, **kwargs)
-    monkeypatch.setattr(packing, "sdpa_attention_forward", spy)
+    model, seen = tiny(tiny_tokenizer), attention_calls(monkeypatch)
     packed_logps(model, PROMPTS, COMPLETIONS)
     assert seen[-1] == (22, 22, True) # the last prompt's only response has 21 tokens
     assert len(seen) == 2 * (3 + 4 + 3 + 1) # responses of one token have no place of their own
     seen.clear()
     packed_losses(model)
     assert seen == [(n, n, True) for n in (5, 5, 1, 2, 1)] * 2
+
+
+@only_stacks
+def test_short_pieces_are_two_calls_a_layer(tiny_tokenizer, monkeypatch):
+    "One for the prompts, plainly causal, one for the responses; sequences are prompts."
+    model, seen = tiny(tiny_tokenizer), attention_calls(monkeypatch)
+    packed_logps(model, PROMPTS, COMPLETIONS)
+    assert seen == [(22, 22, True), (8, 11, False)] * 2
+    seen.clear()
+    packed_losses(model)
+    assert seen == [(5, 5, True)] * 2
+
+
+@only_stacks
+@pytest.mark.parametrize("more", [0, 1])
+def test_from_some_length_on_a_piece_is_a_call(tiny_tokenizer, monkeypatch, more):
+    "What counts is the longest prompt and response together."
+    model, seen = tiny(tiny_tokenizer), attention_calls(monkeypatch)
+    layout = pack_candidates([[5], [6] * 9], [[[7] * 3] * 4, [[8] * (3 + more), [9]]])
+    monkeypatch.setattr(packing, "SHORT", 12)
+    packed_token_logps(enable_packing(model), layout)
+    assert len(seen) == 2 * (7 if more else 2)
+
+
+@only_stacks
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_every_query_of_a_stack_sees_a_key(window):
+    "Also one that fills the stack: some kernels of SDPA give NaN for a row of -inf."
+    stacks, _ = packing._stacks(pack_candidates(PROMPTS, COMPLETIONS), window)
+    assert stacks[-1].seen.any(-1).all()
+
+
+@only_stacks
+def test_stacks_are_made_anew_on_another_device(tiny_tokenizer):
+    layout = pack_candidates(PROMPTS, COMPLETIONS)
+    packed_token_logps(enable_packing(tiny(tiny_tokenizer)), layout)
+    assert list(layout.stacks) == [None] and layout.to("meta").stacks == {}
 
 
 # ---------------------------------------------------------------- pairs
@@ -661,6 +714,7 @@ def test_no_logits_of_the_whole_row_are_formed(tiny_tokenizer):
     assert seen == [(5, 1), (5, 1)]
 
 
+@only_pieces
 @pytest.mark.parametrize("lean", [True, False])
 def test_keys_joined_for_a_response_are_joined_again(tiny_tokenizer, monkeypatch, lean):
     "Autograd keeps no copy of the prompt's keys for a response; gradients keep every bit."

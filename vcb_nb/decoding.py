@@ -11,7 +11,7 @@ __all__ = []
 import logging, math
 from collections import defaultdict, deque
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -370,7 +370,7 @@ def _decode_once(*args)->None: # of `_Company`
 # %% ../nbs/foundations/16_decoding.ipynb #c633db99
 LARGE = 2**17 # numbers in a layer's weight from which on a call of oneDNN pays
 
-@cache
+@lru_cache
 def is_mkl_slow()->bool:
     "Does torch call MKL on a processor of another maker than its own?"
     try: said = Path("/proc/cpuinfo").read_text("utf-8")

@@ -145,8 +145,8 @@ def packed_attention(module, query:Tensor, # [1, heads, length, head size]
         return packing.attend(module, query, key, value, **kwargs), None
     row, window = (query, key, _out_of_fused(value, key)), kwargs.get("sliding_window")
     attend = partial(attend, module, **kwargs)
-    if is_short(packing): return _attend_stacks(attend, row, _stacks(packing, window)), None
-    return _attend_pieces(attend, row, packing, window), None
+    by = _attend_stacks if is_short(packing) else _attend_pieces
+    return by(attend, row, packing, window), None
 
 def _attend_pieces(attend, row, packing, window)->Tensor: # [1, length, heads, head size]
     "Attention by one call for each piece."
@@ -194,49 +194,14 @@ def _sees(packing, window:"int | None", before:int, own:int)->"Tensor | None":
         packing.visible[lengths] = _sight(*lengths, device=packing.input_ids.device)
     return packing.visible[lengths][None, None]
 
-# %% ../nbs/foundations/14_packing.ipynb #fa90ef14
-SHORT = 128 # tokens of a prompt and a response, up to which pieces are stacked
+# %% ../nbs/foundations/14_packing.ipynb #0f031148
+SHORT = 96 # tokens of a prompt and a response, up to which pieces are stacked
 
 def is_short(packing)->bool:
     "Are all candidates of a layout short?"
-    return max(map(max, packing.groups)) <= SHORT >= max(packing.lengths())
+    return max(packing.lengths()) <= SHORT
 
-class _Stack(NamedTuple):
-    "Pieces as rows of one length."
-    queries:Tensor # [pieces, most queries] their places in the packed row
-    keys:Tensor # [pieces, most keys]
-    seen:"Tensor | None" # [pieces, 1, queries, keys] bool; None: all that come before
-
-class _Stacks(NamedTuple):
-    "All pieces of a layout: the prompts, and the responses."
-    stacks:list # of `_Stack`
-    back:Tensor # [length] where a token's output stands among those of all stacks
-
-def _stack(pieces:list, window, device)->tuple: # `_Stack`, its true queries [pieces, most] bool
-    "Rows of pieces (places of the queries, places of the keys)."
-    (queries, real), (keys, _) = (pad_rows(list(map(list, rows)), 0) for rows in zip(*pieces))
-    before = torch.tensor([len(keys) - len(queries) for queries, keys in pieces])
-    seen, width = None, keys.shape[1]
-    if before.any() or window and window < width:
-        # What stands behind a piece's end sees something too: without any key it would be NaN.
-        place = (before[:, None] + torch.arange(queries.shape[1])).clamp(max=width - 1)
-        gap = place[..., None] - torch.arange(width)
-        seen = ((gap >= 0) & (gap < (window or width)))[:, None].to(device)
-    return _Stack(queries.to(device), keys.to(device), seen), real.bool()
-
-def _stacks(packing, window)->_Stacks:
-    "How a layout's pieces are stacked, made once for all layers with the same window."
-    if window not in packing.stacks:
-        pieces, device = _piece_places(packing.groups), packing.input_ids.device
-        stacks, back, taken = [], torch.zeros(packing.input_ids.shape[1], dtype=torch.long), 0
-        for stack, real in (_stack(kind, window, device) for kind in pieces if kind):
-            back[stack.queries.cpu()[real]] = taken + real.flatten().nonzero()[:, 0]
-            taken += real.numel()
-            stacks.append(stack)
-        packing.stacks[window] = _Stacks(stacks, back.to(device))
-    return packing.stacks[window]
-
-def _piece_places(groups)->tuple: # prompts, responses
+def _piece_places(groups)->tuple: # prompts, responses: (places of queries, places of keys)
     "Where the queries and the keys of each piece stand in the row."
     prompts, responses, end = [], [], 0
     for size, *owns in groups:
@@ -247,20 +212,53 @@ def _piece_places(groups)->tuple: # prompts, responses
             responses.append((mine, [*prompt, *mine]))
     return prompts, responses
 
-def _attend_stacks(attend, row, stacks)->Tensor: # [1, length, heads, head size]
-    "Attention by one call for all prompts, and one for all responses."
-    tables, out = [x[0].transpose(0, 1) for x in row], []
-    for queries, keys, seen in stacks.stacks:
-        rows = [_rows(table, at) for table, at in zip(tables, (queries, keys, keys))]
-        out.append(attend(*rows, seen)[0].flatten(0, 1))
-    return _taken(torch.cat(out), stacks.back)[None]
+# %% ../nbs/foundations/14_packing.ipynb #35c26ae2
+class _Stack(NamedTuple):
+    "Pieces as rows of one length."
+    queries:Tensor # [pieces, most queries] their places in the packed row
+    keys:Tensor # [pieces, most keys]
+    seen:"Tensor | None" # [pieces, 1, queries, keys] bool; None: all that come before
 
-def _rows(table, places)->Tensor: # [pieces, heads, most, head size]
-    "Rows of tokens from a table [length, heads, head size]."
-    return _taken(table, places).transpose(1, 2)
+def _stack(pieces:list, window, device)->tuple: # `_Stack`, its true queries [pieces, queries] bool
+    "Stack pieces of `_piece_places`."
+    (queries, true), (keys, _) = (pad_rows(list(map(list, rows)), 0) for rows in zip(*pieces))
+    before = torch.tensor([len(keys) - len(queries) for queries, keys in pieces])
+    seen, width = None, keys.shape[1]
+    if before.any() or (window or width) < width:
+        place = (before[:, None] + torch.arange(queries.shape[1])).clamp(max=width - 1)
+        gap = place[..., None] - torch.arange(width)
+        seen = ((gap >= 0) & (gap < (window or width)))[:, None].to(device)
+    return _Stack(queries.to(device), keys.to(device), seen), true.bool()
+
+# %% ../nbs/foundations/14_packing.ipynb #15e60ce0
+class _Stacks(NamedTuple):
+    "All pieces of a layout: its prompts, and its responses."
+    stacks:list # of `_Stack`
+    back:Tensor # [length] where a token's output stands among those of all stacks
+
+def _stacks(packing, window)->_Stacks:
+    "How the pieces of a layout are stacked, made once for all layers with the same window."
+    if window not in packing.stacks:
+        kinds, device = _piece_places(packing.groups), packing.input_ids.device
+        stacks, back, taken = [], torch.zeros(packing.input_ids.shape[1], dtype=torch.long), 0
+        for stack, true in (_stack(pieces, window, device) for pieces in kinds if pieces):
+            back[stack.queries.cpu()[true]] = taken + true.flatten().nonzero()[:, 0]
+            taken += true.numel()
+            stacks.append(stack)
+        packing.stacks[window] = _Stacks(stacks, back.to(device))
+    return packing.stacks[window]
+
+def _attend_stacks(attend, row, packing, window)->Tensor: # [1, length, heads, head size]
+    "Attention by one call for all prompts, and one for all responses."
+    (stacks, back), tables, out = _stacks(packing, window), [x[0].transpose(0, 1) for x in row], []
+    for queries, keys, seen in stacks:
+        places = queries, keys, keys
+        rows = [_taken(table, at).transpose(1, 2) for table, at in zip(tables, places)]
+        out.append(attend(*rows, seen)[0].flatten(0, 1))
+    return _taken(torch.cat(out), back)[None]
 
 def _taken(table, places)->Tensor: # [*places, heads, head size]
-    "Entries of a table; a sum over equal places is quick in the backward of an embedding."
+    "Entries of a table [length, heads, head size]."
     return F.embedding(places, table.flatten(1)).unflatten(-1, table.shape[1:])
 
 # %% ../nbs/foundations/14_packing.ipynb #02d50221
