@@ -138,16 +138,16 @@ print(f"status {status}, gloo: {any('gloo' in name for name in names)}")
 """
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are read from /proc")
-@pytest.mark.parametrize("end", ["", "import torch; torch.distributed.destroy_process_group = list"],
-                         ids=["left", "kept"])
+@pytest.mark.parametrize("end", [
+    "", "import torch; torch.distributed.destroy_process_group = list"], ids=["left", "kept"])
 def test_no_thread_of_the_group_outlives_the_command(tmp_path, end):
     """A thread of torch's group that lets go of a tensor while Python ends aborts the process.
     That the threads would be seen is shown by a command that cannot leave its group."""
     tokenizer = make_tokenizer("<|padding|>", pad_token="<|padding|>")
     model = new_policy(tokenizer, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     save_model(model, tokenizer, tmp_path/"model")
-    (tmp_path/"d.jsonl").write_text("".join(f'{{"prompt": "Soup {i}", "completion": " was hot"}}\n'
-                                            for i in range(8)))
+    rows = [f'{{"prompt": "Soup {i}", "completion": " was hot"}}\n' for i in range(8)]
+    (tmp_path/"d.jsonl").write_text("".join(rows))
     (tmp_path/"worker.py").write_text(end + THREADS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
                "2", "--", tmp_path/"worker.py", "sft", "--model", tmp_path/"model", "--data",

@@ -253,11 +253,11 @@ def _attend_stacks(attend, row, packing, window)->Tensor: # [1, length, heads, h
     (stacks, back), tables, out = _stacks(packing, window), [x[0].transpose(0, 1) for x in row], []
     for queries, keys, seen in stacks:
         places = queries, keys, keys
-        rows = [_taken(table, at).transpose(1, 2) for table, at in zip(tables, places)]
+        rows = [_gathered(table, at).transpose(1, 2) for table, at in zip(tables, places)]
         out.append(attend(*rows, seen)[0].flatten(0, 1))
-    return _taken(torch.cat(out), back)[None]
+    return _gathered(torch.cat(out), back)[None]
 
-def _taken(table, places)->Tensor: # [*places, heads, head size]
+def _gathered(table, places)->Tensor: # [*places, heads, head size]
     "Entries of a table [length, heads, head size]."
     return F.embedding(places, table.flatten(1)).unflatten(-1, table.shape[1:])
 
