@@ -1,5 +1,5 @@
 """Fixtures for all tests. Nothing is fetched: the hub is switched off before any library looks."""
-import gc, os
+import os
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -44,13 +44,13 @@ def tiny_tokenizer():
 
 @pytest.fixture
 def process_group():
-    """A process group of one. What a test wraps with it dies first, as the test's frame is gone:
-    torch may wait for ever where a DDP wrapper is the group's last owner."""
-    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    "A process group of one. What a test wraps with it dies first, as the test's frame is gone."
+    from torch.distributed import HashStore, init_process_group
+
+    from vcb_nb.shards import leave_group
     init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
-    gc.collect()
-    destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,8 @@ MKL_IS_SLOW = decoding.is_mkl_slow
 
 
 @pytest.fixture(autouse=True)
-def large(monkeypatch):
-    "Tiny models, short prompts and any processor take the ways that are meant for others."
-    monkeypatch.setattr(decoding, "SHORT", 0)
+def onednn(monkeypatch):
+    "oneDNN's products for tiny models too, and on any processor."
     monkeypatch.setattr(decoding, "LARGE", 0)
     monkeypatch.setattr(decoding, "is_mkl_slow", lambda: True)
 
@@ -194,21 +193,6 @@ def test_samples_are_told_of_as_they_end(tiny_tokenizer):
 
 def test_no_prompts_no_samples(tiny_tokenizer):
     assert tuple(drawn(tiny(tiny_tokenizer), tiny_tokenizer, prompts=[])) == ([], [], [])
-
-
-def test_short_sequences_are_decoded_from_repeated_caches(tiny_tokenizer, monkeypatch):
-    "Up to `SHORT` tokens of a prompt and a sample; the samples are the same."
-    model, longest, ways = tiny(tiny_tokenizer), max(map(len, PROMPTS)) + LAST, []
-    for name in ("_decode_once", "_decode_repeated"):
-        way = getattr(decoding, name)
-        monkeypatch.setattr(decoding, name, lambda *args, way=way: ways.append(way) or way(*args))
-    found = []
-    for short in (longest - 1, longest):
-        monkeypatch.setattr(decoding, "SHORT", short)
-        found.append(drawn(model, tiny_tokenizer, batch_size=len(PROMPTS)))
-    assert [way.__name__ for way in ways] == ["_decode_once", "_decode_repeated"]
-    assert found[0][:2] == found[1][:2]
-    for ours, theirs in zip(found[0][2], found[1][2]): close(ours, theirs, 1e-10)
 
 
 # ---- products

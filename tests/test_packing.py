@@ -450,7 +450,7 @@ def test_from_some_length_on_a_piece_is_a_call(tiny_tokenizer, monkeypatch, more
 @only_stacks
 @pytest.mark.parametrize("window", [None, 1, 4])
 def test_every_query_of_a_stack_sees_a_key(window):
-    "Also one that fills the stack: some kernels of SDPA give NaN for a row of -inf."
+    "Also one that is padding: torch's kernels need not take care of a row of -inf."
     stacks, _ = packing._stacks(pack_candidates(PROMPTS, COMPLETIONS), window)
     assert stacks[-1].seen.any(-1).all()
 
@@ -459,7 +459,7 @@ def test_every_query_of_a_stack_sees_a_key(window):
 def test_stacks_are_made_anew_on_another_device(tiny_tokenizer):
     layout = pack_candidates(PROMPTS, COMPLETIONS)
     packed_token_logps(enable_packing(tiny(tiny_tokenizer)), layout)
-    assert list(layout.stacks) == [None] and layout.to("meta").stacks == {}
+    assert list(layout.made) == [None] and layout.to("meta").made == {}
 
 
 # ---------------------------------------------------------------- pairs

@@ -388,26 +388,27 @@ def main(args:list=None, # words of the command line; by default those of this p
     logging.getLogger("vcb_nb").setLevel(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     args = sys.argv[1:] if args is None else args
+    status = 0
     _listen()
     try:
         _dispatch(args)
-        _leave()
         sys.stdout.flush()
     except BrokenPipeError: # `vcb run demo --plan | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as e:
         for problem in getattr(e, "problems", [e]): _say(problem)
-        _leave()
-        return 2
+        status = 2
     except KeyboardInterrupt as e:
         signum = e.args[0] if isinstance(e, Stopped) else signal.SIGINT
         _say(f"stopped by {signal.Signals(signum).name} in {getattr(e, 'job', 'the preparation')}. "
              + _resume(args))
-        return 128 + signum
+        return 128 + signum # leaving the group would wait for what the signal cut short
     except Exception as e:
         if not (refusal := disk_refusal(e)): raise
-        return _say(f"{refusal}. {_resume(args)}") or 1
-    return 0
+        _say(f"{refusal}. {_resume(args)}")
+        status = 1
+    _leave()
+    return status
 
 # %% ../nbs/runs/05_cli.ipynb #cec5bee9
 if __name__ == "__main__": sys.exit(main())

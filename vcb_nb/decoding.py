@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .batches import accepts, pad_rows, unwrap
 from .logprobs import say_once
-from .packing import SHORT, attends_plainly, enable_packing, packed_inputs, supports_packing
+from .packing import attends_plainly, enable_packing, packed_inputs, supports_packing
 from .tokenizers import end_ids, filler_id
 
 # %% ../nbs/foundations/16_decoding.ipynb #9b36633e
@@ -368,7 +368,7 @@ def _decode_once(*args)->None: # of `_Company`
         if len(company.rows): company.step()
 
 # %% ../nbs/foundations/16_decoding.ipynb #c633db99
-LARGE = 2**17 # numbers in a layer's weight from which on a call of oneDNN pays
+LARGE = 2**17 # size of the smallest weight for which oneDNN is called; a call costs 25 µs or more
 
 @lru_cache
 def is_mkl_slow()->bool:
@@ -515,7 +515,7 @@ def decode(model, # causal LM in eval mode
     ends = torch.tensor(sorted(ids), device=device, dtype=torch.long)
     drawn = lambda draws: _Drawing(draws, banned_id(tokenizer, ids), sampling)
     length = max(map(len, prompts)) + draws.shape[1]
-    if length > SHORT and supports_packing(model, length)[0] and attends_plainly(model, length):
+    if supports_packing(model, length)[0] and attends_plainly(model, length):
         drawing = drawn(draws)
         with quick_products(model):
             _decode_once(enable_packing(model, length), prompts, n, drawing, ends, batch_size,

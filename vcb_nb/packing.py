@@ -53,10 +53,10 @@ class PackedCandidates:
     mask:Tensor # [prompts, n] bool, True where the candidate is present
     groups:tuple # (prompt length, tokens of y_1 in the row, of y_2, ...) per prompt; (tokens,) for
                  # a sequence that shares nothing: one piece
-    visible:dict # (prompt, own) lengths, and a window's -> [own, prompt + own] bool, who sees what
     whole:bool # do the responses keep their last token, which predicts nothing?
     lean:bool=False # does autograd join a response's keys and values again, to save memory?
-    stacks:dict=field(default_factory=dict) # window -> `_Stacks` of this device, once needed
+    made:dict=field(default_factory=dict) # what attention made on this device: of pieces, (prompt,
+                 # own) lengths and a window's -> who sees what; of stacks, window -> `_Stacks`
 
     def lengths(self)->list:
         "Tokens of each candidate, prompt and response."
@@ -66,8 +66,7 @@ class PackedCandidates:
     def to(self, device, **kwargs)->"PackedCandidates":
         "The same layout on another device."
         moved = {k: v.to(device, **kwargs) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        visible = {k: v.to(device, **kwargs) for k, v in self.visible.items()}
-        return replace(self, **moved, visible=visible, stacks={})
+        return replace(self, **moved, made={})
 
 def pack_candidates(prompt_ids:list, # [prompts] lists of token ids
                     completion_ids:list, # [prompts][candidates] lists of token ids
@@ -92,14 +91,13 @@ def packed_layout(prompt_ids:list, completion_ids:list, whole:bool=False)->Packe
         for row, part in zip((ids, positions, predict), parts): row += part
     if not ids: raise InputError("A batch without completions. Give at least one candidate.")
     groups = tuple(_group_sizes(p, cs, whole) for p, cs in zip(prompt_ids, completion_ids) if cs)
-    visible = {(p, own): _sight(p, own) for p, *owns in groups for own in owns}
     responses = [c for cs in completion_ids for c in cs]
     counts = torch.tensor([len(cs) for cs in completion_ids])
     return PackedCandidates(
         torch.tensor([ids]), torch.tensor([positions]), torch.tensor(predict),
         torch.tensor([token for c in responses for token in c]),
         torch.tensor([len(c) for c in responses]),
-        torch.arange(int(counts.max())) < counts[:, None], groups, visible, whole)
+        torch.arange(int(counts.max())) < counts[:, None], groups, whole)
 
 # %% ../nbs/foundations/14_packing.ipynb #ff392179
 def packed_sequences(ids:list, # [rows] lists of token ids
@@ -120,7 +118,7 @@ def packed_sequences(ids:list, # [rows] lists of token ids
     numbers = map(torch.tensor, (predict, targets, counts))
     predict, targets, counts = (x.long() for x in numbers) # an empty list gives floats
     return PackedCandidates(torch.tensor([flat]), torch.tensor([positions]), predict, targets,
-                            counts, whole, tuple(groups), {}, False)
+                            counts, whole, tuple(groups), False)
 
 # %% ../nbs/foundations/14_packing.ipynb #129926e1
 def packed_attention(module, query:Tensor, # [1, heads, length, head size]
@@ -143,13 +141,14 @@ def packed_attention(module, query:Tensor, # [1, heads, length, head size]
         return attend(module, query, key, value, attention_mask, **kwargs)
     if hasattr(packing, "attend"): # a layout of another kind, as in decoding
         return packing.attend(module, query, key, value, **kwargs), None
-    row, window = (query, key, _out_of_fused(value, key)), kwargs.get("sliding_window")
-    attend = partial(attend, module, **kwargs)
     by = _attend_stacks if is_short(packing) else _attend_pieces
-    return by(attend, row, packing, window), None
+    attend = partial(attend, module, **kwargs)
+    return by(attend, (query, key, value), packing, kwargs.get("sliding_window")), None
 
 def _attend_pieces(attend, row, packing, window)->Tensor: # [1, length, heads, head size]
-    "Attention by one call for each piece."
+    "Attention by one call per piece."
+    query, key, value = row
+    row = query, key, _out_of_fused(value, key)
     # One split, not many slices: its backward is one concatenation.
     sizes = [size for group in packing.groups for size in group]
     pieces, out = zip(*(x.split(sizes, dim=2) for x in row)), []
@@ -190,9 +189,9 @@ def _sees(packing, window:"int | None", before:int, own:int)->"Tensor | None":
     "[1, 1, own, before + own] bool, for all layers; None: a token sees all that come before it."
     lengths = (before, own, window) if window and window < before + own else (before, own)
     if lengths == (0, own): return None
-    if lengths not in packing.visible:
-        packing.visible[lengths] = _sight(*lengths, device=packing.input_ids.device)
-    return packing.visible[lengths][None, None]
+    if lengths not in packing.made:
+        packing.made[lengths] = _sight(*lengths, device=packing.input_ids.device)
+    return packing.made[lengths][None, None]
 
 # %% ../nbs/foundations/14_packing.ipynb #0f031148
 SHORT = 96 # tokens of a prompt and a response, up to which pieces are stacked
@@ -214,21 +213,21 @@ def _piece_places(groups)->tuple: # prompts, responses: (places of queries, plac
 
 # %% ../nbs/foundations/14_packing.ipynb #35c26ae2
 class _Stack(NamedTuple):
-    "Pieces as rows of one length."
+    "Pieces as padded rows."
     queries:Tensor # [pieces, most queries] their places in the packed row
     keys:Tensor # [pieces, most keys]
     seen:"Tensor | None" # [pieces, 1, queries, keys] bool; None: all that come before
 
-def _stack(pieces:list, window, device)->tuple: # `_Stack`, its true queries [pieces, queries] bool
+def _stack(pieces:list, window, device)->tuple: # `_Stack`, its real queries [pieces, queries] bool
     "Stack pieces of `_piece_places`."
-    (queries, true), (keys, _) = (pad_rows(list(map(list, rows)), 0) for rows in zip(*pieces))
+    (queries, real), (keys, _) = (pad_rows(list(map(list, rows)), 0) for rows in zip(*pieces))
     before = torch.tensor([len(keys) - len(queries) for queries, keys in pieces])
     seen, width = None, keys.shape[1]
     if before.any() or (window or width) < width:
         place = (before[:, None] + torch.arange(queries.shape[1])).clamp(max=width - 1)
         gap = place[..., None] - torch.arange(width)
         seen = ((gap >= 0) & (gap < (window or width)))[:, None].to(device)
-    return _Stack(queries.to(device), keys.to(device), seen), true.bool()
+    return _Stack(queries.to(device), keys.to(device), seen), real.bool()
 
 # %% ../nbs/foundations/14_packing.ipynb #15e60ce0
 class _Stacks(NamedTuple):
@@ -238,19 +237,20 @@ class _Stacks(NamedTuple):
 
 def _stacks(packing, window)->_Stacks:
     "How the pieces of a layout are stacked, made once for all layers with the same window."
-    if window not in packing.stacks:
+    if window not in packing.made:
         kinds, device = _piece_places(packing.groups), packing.input_ids.device
         stacks, back, taken = [], torch.zeros(packing.input_ids.shape[1], dtype=torch.long), 0
-        for stack, true in (_stack(pieces, window, device) for pieces in kinds if pieces):
-            back[stack.queries.cpu()[true]] = taken + true.flatten().nonzero()[:, 0]
-            taken += true.numel()
+        for stack, real in (_stack(pieces, window, device) for pieces in kinds if pieces):
+            back[stack.queries.cpu()[real]] = taken + real.flatten().nonzero()[:, 0]
+            taken += real.numel()
             stacks.append(stack)
-        packing.stacks[window] = _Stacks(stacks, back.to(device))
-    return packing.stacks[window]
+        packing.made[window] = _Stacks(stacks, back.to(device))
+    return packing.made[window]
 
 def _attend_stacks(attend, row, packing, window)->Tensor: # [1, length, heads, head size]
     "Attention by one call for all prompts, and one for all responses."
-    (stacks, back), tables, out = _stacks(packing, window), [x[0].transpose(0, 1) for x in row], []
+    tables = [x[0].transpose(0, 1).contiguous() for x in row] # once, though keys are read twice
+    (stacks, back), out = _stacks(packing, window), []
     for queries, keys, seen in stacks:
         places = queries, keys, keys
         rows = [_gathered(table, at).transpose(1, 2) for table, at in zip(tables, places)]
