@@ -341,6 +341,8 @@ def worker(files, out):
     found = [sharded(files, *case) for case in SHARDED]
     if not torch.distributed.get_rank(): torch.save(found, out/"sharded.pt")
     leave_group()
+    sys.stdout.flush()
+    os._exit(0) # FSDP's mesh keeps its groups: their threads would outlive the interpreter
 
 
 @pytest.fixture(scope="module")
