@@ -1,5 +1,5 @@
 "n samples of every prompt: `generate` in three ways, ours, and vLLM where it is installed."
-import json, os, statistics, subprocess
+import json, os, statistics, subprocess, sys
 from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
 
@@ -127,12 +127,14 @@ def vllm_runs(world:World)->dict: # way -> (seconds, tokens made)
                    prompts=world.prompt_ids, warm_up=world.prompt_ids[0][::-1])
         for name, text in (("job.json", json.dumps(job)), ("run.py", VLLM)):
             with open(f"{folder}/{name}", "w", encoding="utf-8") as file: file.write(text)
+        # One process, as the library runs it.
         threads = dict(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_CPU_KVCACHE_SPACE="2",
+                       VLLM_ENABLE_V1_MULTIPROCESSING="0",
                        OMP_NUM_THREADS=str(torch.get_num_threads()))
         done = subprocess.run([s.vllm_python, f"{folder}/run.py", f"{folder}/job.json",
-                               f"{folder}/out.json"], capture_output=True, text=True,
-                              env={**threads, **os.environ})
-        if done.returncode: raise InputError(f"vLLM failed: {done.stderr[-2000:]}")
+                               f"{folder}/out.json"], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True, env={**threads, **os.environ})
+        if done.returncode: raise InputError(f"vLLM failed: {done.stdout[-2000:]}")
         with open(f"{folder}/out.json", encoding="utf-8") as file: runs = json.load(file)
     return dict(zip(("vllm", "vllm_warm"), runs))
 
@@ -154,10 +156,17 @@ def measure_ways(s)->list:
         line["tokens_per_second"] = statistics.median(count / taken for count, taken in rounds)
         line["share_of_products"] = statistics.median(
             needed_seconds(s, times, rows, count) / taken for count, taken in rounds)
-    if s.vllm_python:
-        lines += [record("sampling", s, way, [taken], tokens_per_second=count / taken)
-                  for way, (taken, count) in vllm_runs(world).items()]
-    return with_ratios(lines)
+    return with_ratios(lines + (vllm_records(world) if s.vllm_python else []))
+
+
+def vllm_records(world:World)->list:
+    "The records of vLLM; none where it fails, so that what has been measured is not lost."
+    try: runs = vllm_runs(world)
+    except InputError as e:
+        print(e, file=sys.stderr)
+        return []
+    return [record("sampling", world.settings, way, [taken], tokens_per_second=count / taken)
+            for way, (taken, count) in runs.items()]
 
 
 def with_ratios(lines:list)->list:

@@ -19,13 +19,26 @@ OTHERS = {"log-probs and gradient alone": ("step", {**SMALL, "bench": "logps"}),
           "log-probs and gradient of that shape": ("step", dict(bench="logps", **PYTHIA)),
           "log-probs of the reference": ("scoring", dict(bench="reference")),
           "rewards": ("scoring", dict(bench="reward")),
-          "sampling, 4 prompts": ("sampling", dict(bench="sampling"))}
+          "sampling, 4 prompts": ("sampling", dict(bench="sampling", arch="gpt_neox"))}
+# The stages around the calibration: what a table says of each, its prompts, and its ways.
+STAGES = {"sft": ("fine-tuning, a step of {} rows", 8, {
+              "trl": "TRL's `SFTTrainer`", "trl_padding_free": "the same, `padding_free`",
+              "trl_packing": "the same, `packing`", "rows": "ours, padded rows",
+              "shared": "**ours, packed** (default)"}),
+          "reward": ("reward model, a step of {} pairs", 4, {
+              "trl": "TRL's `RewardTrainer`", "rows": "ours, padded rows",
+              "shared": "**ours, each prompt once** (default)"}),
+          "sampling": ("sampling, {} prompts × 8", 16, {
+              "generate": "`generate`, four prompts per batch", "vllm": "vLLM, its first run",
+              "vllm_warm": "vLLM, the prompts in its cache",
+              "shared": "**ours, each prompt once** (default)"})}
 TOKENS = {"unique_tokens": "P + nT", "row_tokens": "n(P + T)"}
 
 
 def read(machine:str, name:str)->list:
-    "The records of one file of results."
-    return list(map(json.loads, (RESULTS/machine/f"{name}.jsonl").read_text("utf-8").splitlines()))
+    "The records of one file of results; none if that was not measured there."
+    path = RESULTS/machine/f"{name}.jsonl"
+    return list(map(json.loads, path.read_text("utf-8").splitlines())) if path.is_file() else []
 
 
 def found(name:str, **values)->list: # for each machine a record, empty where none was measured
@@ -72,6 +85,22 @@ def others()->str:
                  "| share of the product rate | peak MB |", lines)
 
 
+def stages(machine:str="xeon")->str:
+    "Fine-tuning, reward training and sampling in SmolLM2-135M's shape, beside peers."
+    lines = []
+    for name, (what, prompts, ways) in STAGES.items():
+        what, shape = what.format(prompts), dict(arch="smollm2-135m", prompts=prompts)
+        rows = {row["way"]: row for row in read(machine, name) if shape.items() <= row.items()}
+        ratio = "speedup_vs_generate" if name == "sampling" else "speedup_vs_trl"
+        for way, said in ways.items():
+            row = [rows.get(way, {})]
+            lines.append([what, said, cell(row, "seconds"), cell(row, ratio, "{:.1f}×"),
+                          cell(row, "share_of_products", "{:.2f}"), cell(row, "peak_mb", "{:.0f}")])
+            what = ""
+    return table("| SmolLM2-135M's shape | | seconds | speed against the peer "
+                 "| share of its own products | peak MB |", lines)
+
+
 def growth()->str:
     "The straight lines through the sizes of n, P and T."
     lines = []
@@ -83,4 +112,15 @@ def growth()->str:
     return table("| way | tokens counted | ms per token | at no token (ms) | R² |", lines)
 
 
-if __name__ == "__main__": print(headline(), others(), growth(), sep="\n\n")
+def sampling_growth(machine:str="xeon")->str:
+    "The straight lines of sampling, through n and through P."
+    fits = [row for row in read(machine, "sampling") if row["bench"] == "sampling_fit"]
+    lines = [[f"`{row['way']}`", {"n": "a sample more of each prompt",
+                                  "prompt": "a token more in each prompt"}[row["axis"]],
+              cell([row], "slope", "{:.1f}", 1e3), cell([row], "intercept", "{:.0f}", 1e3),
+              cell([row], "r2", "{:.3f}")] for row in fits]
+    return table("| way | what grows | slope (ms) | intercept (ms) | R² |", lines)
+
+
+if __name__ == "__main__":
+    print(headline(), others(), stages(), growth(), sampling_growth(), sep="\n\n")

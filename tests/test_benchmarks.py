@@ -364,7 +364,18 @@ def test_the_pages_show_the_stored_results():
     "README and lesson say what was measured, to the digit."
     pages = {page: "".join("".join(cell["source"]) for cell in json.loads(
         (tables.RESULTS.parents[1]/"nbs"/page).read_text("utf-8"))["cells"])
-        for page in ("index.ipynb", "foundations/14_packing.ipynb")}
-    for text in pages.values(): assert tables.headline() in text
-    for table in (tables.others(), tables.growth()):
-        assert table in pages["foundations/14_packing.ipynb"]
+        for page in ("index.ipynb", "foundations/14_packing.ipynb",
+                     "foundations/16_decoding.ipynb")}
+    readme, packing, decoding = pages.values()
+    for text in (readme, packing):
+        assert tables.headline() in text and tables.stages() in text
+    for table in (tables.others(), tables.growth()): assert table in packing
+    assert tables.sampling_growth() in decoding
+
+
+def test_a_failure_of_vllm_loses_nothing(capsys):
+    "What has been measured is told, and why vLLM is missing."
+    s = sampling.SamplingSettings(layers=1, hidden=16, vocab=40, prompt=4, response="3", n=2,
+                                  rounds=1, ways=["shared"], vllm_python=sys.executable)
+    assert [line["way"] for line in sampling.measure_ways(s)] == ["shared"]
+    assert "No module named 'vllm'" in capsys.readouterr().err
