@@ -115,7 +115,8 @@ def growth()->str:
 def sampling_growth(machine:str="xeon")->str:
     "The straight lines of sampling, through n and through P."
     fits = [row for row in read(machine, "sampling") if row["bench"] == "sampling_fit"]
-    lines = [[f"`{row['way']}`", {"n": "a sample more of each prompt",
+    names = {"generate": "`generate`", "shared": "ours, each prompt once"}
+    lines = [[names[row["way"]], {"n": "a sample more of each prompt",
                                   "prompt": "a token more in each prompt"}[row["axis"]],
               cell([row], "slope", "{:.1f}", 1e3), cell([row], "intercept", "{:.0f}", 1e3),
               cell([row], "r2", "{:.3f}")] for row in fits]
