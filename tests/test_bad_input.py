@@ -1,6 +1,7 @@
 """Bad input gives one message that names the row or file, what is wrong and the remedy; nothing
 that was there is changed, and the exit status is 2. The cases are in `bad_inputs.py`."""
-import copy, json, re, subprocess, sys
+import copy, json, math, re, subprocess, sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -348,3 +349,24 @@ def test_any_override_is_planned_or_refused(name, key, value):
     try: assert plan(load_recipe(name, {key: value}))
     except InputError as e:
         for line in getattr(e, "problems", [str(e)]): assert_says(line, ())
+
+
+def floats(stage):
+    return [f.name for f in fields(stage.config_class) if f.init and "float" in str(f.type)]
+
+
+NEEDED = {"data": {"pairs": ["-"]}, "pretrain": {"model": "-"}, "sft": {"model": "-"},
+          "judge": {"base_url": "http://127.0.0.1:1/v1", "evaluation": "-"}}
+
+
+@pytest.mark.parametrize("stage", filter(floats, STAGES), ids=lambda stage: stage.name)
+def test_no_setting_is_infinite(stage, tmp_path):
+    "`.inf` and `.nan` are floats to YAML, and int(inf) raises OverflowError."
+    made = stage.config_class
+    given = {f.name: "-" for f in fields(made) if f.metadata.get("required")}
+    given |= {**NEEDED.get(stage.name, {}), "output_dir": str(tmp_path)}
+    made(**given)
+    for name in floats(stage):
+        for value in (math.inf, -math.inf, math.nan):
+            with pytest.raises(InputError, match=f"^{name} is -?(inf|nan)"):
+                made(**{**given, name: value})

@@ -8,8 +8,8 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/settings.html.md"""
 __all__ = ['REQUIRED', 'option', 'check_required', 'check_least']
 
 # %% ../nbs/foundations/02_settings.ipynb #ca248f0a
-import copy, dataclasses, enum, functools, importlib.util, inspect, json, os, re, reprlib, sys
-import traceback, types, typing
+import copy, dataclasses, enum, functools, importlib.util, inspect, json, math, os, re, reprlib
+import sys, traceback, types, typing
 from pathlib import Path
 from .artifacts import (MANIFEST, InputError, did_you_mean, fingerprint, list_outputs,
                               read_json, write_json)
@@ -52,6 +52,13 @@ def check_above(config, **limits)->None:
         check_least(config, **{name: limit})
         if getattr(config, name) == limit:
             raise InputError(f"{name} is {limit}. Set it to a number above {limit}.")
+
+def refuse_infinite(config)->None:
+    "Raise `InputError` for the first setting that is infinite, or NaN."
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{f.name} is {value}. Set it to a finite number.")
 
 def check_choice(key:str, value, valid)->None:
     "Raise `InputError` with the nearest valid spelling unless `value` is one of `valid`."

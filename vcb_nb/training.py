@@ -30,7 +30,8 @@ from .models import broken_weight, check_finite
 from .preflight import (check_acts, check_metric, check_numbers, check_trainer,
                               check_writable, refuse)
 from .saving import rehearse_saving, save_model
-from .settings import check_above, check_choice, check_least, option, record_settings
+from .settings import (check_above, check_choice, check_least, option, record_settings,
+                             refuse_infinite)
 
 # %% ../nbs/foundations/22_training.ipynb #bad11747
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class TrainingDefaults(TrainingArguments):
         for name, valid in _choices().items():
             if isinstance(getattr(self, name), str): check_choice(name, getattr(self, name), valid)
         _check_early_stopping(self)
+        refuse_infinite(self)
         try: super().__post_init__()
         except (ValueError, TypeError, ImportError, OSError) as e:
             raise InputError(f"The training settings cannot be used: {e}") from None
