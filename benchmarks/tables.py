@@ -21,14 +21,14 @@ OTHERS = {"log-probs and gradient alone": ("step", {**SMALL, "bench": "logps"}),
           "rewards": ("scoring", dict(bench="reward")),
           "sampling, 4 prompts": ("sampling", dict(bench="sampling", arch="gpt_neox"))}
 # The stages around the calibration: what a table says of each, its prompts, and its ways.
-STAGES = {"sft": ("fine-tuning, a step of {} rows", 8, {
+PEERS = {"sft": ("fine-tuning, a step of {} rows", 8, {
               "trl": "TRL's `SFTTrainer`", "trl_padding_free": "the same, `padding_free`",
               "trl_packing": "the same, `packing`", "rows": "ours, padded rows",
               "shared": "**ours, packed** (default)"}),
-          "reward": ("reward model, a step of {} pairs", 4, {
+         "reward": ("reward model, a step of {} pairs", 4, {
               "trl": "TRL's `RewardTrainer`", "rows": "ours, padded rows",
               "shared": "**ours, each prompt once** (default)"}),
-          "sampling": ("sampling, {} prompts × 8", 16, {
+         "sampling": ("sampling, {} prompts × 8", 16, {
               "generate": "`generate`, four prompts per batch", "vllm": "vLLM, its first run",
               "vllm_warm": "vLLM, the prompts in its cache",
               "shared": "**ours, each prompt once** (default)"})}
@@ -88,7 +88,7 @@ def others()->str:
 def stages(machine:str="xeon")->str:
     "Fine-tuning, reward training and sampling in SmolLM2-135M's shape, beside peers."
     lines = []
-    for name, (what, prompts, ways) in STAGES.items():
+    for name, (what, prompts, ways) in PEERS.items():
         what, shape = what.format(prompts), dict(arch="smollm2-135m", prompts=prompts)
         rows = {row["way"]: row for row in read(machine, name) if shape.items() <= row.items()}
         ratio = "speedup_vs_generate" if name == "sampling" else "speedup_vs_trl"
@@ -98,7 +98,7 @@ def stages(machine:str="xeon")->str:
                           cell(row, "share_of_products", "{:.2f}"), cell(row, "peak_mb", "{:.0f}")])
             what = ""
     return table("| SmolLM2-135M's shape | | seconds | speed against the peer "
-                 "| share of its own products | peak MB |", lines)
+                 "| share of needed products | peak MB |", lines)
 
 
 def growth()->str:
@@ -110,6 +110,21 @@ def growth()->str:
             lines.append([f"`{way}`", name, cell(fits, "slope", "{:.3f}", 1e3),
                           cell(fits, "intercept", "{:.0f}", 1e3), cell(fits, "r2", "{:.3f}")])
     return table("| way | tokens counted | ms per token | at no token (ms) | R² |", lines)
+
+
+def sampling(machine:str="xeon")->str:
+    "Tokens per second in SmolLM2-135M's shape, with more prompts and with fewer."
+    ways, lines = PEERS["sampling"][2], []
+    for way, said in ways.items():
+        line = [said]
+        for prompts in (8, 16):
+            shape = dict(arch="smollm2-135m", prompts=prompts, way=way)
+            rows = [row for row in read(machine, "sampling") if shape.items() <= row.items()]
+            line.append(f"{cell(rows, 'tokens_per_second', '{:.0f}')} "
+                        f"({cell(rows, 'speedup_vs_generate', '{:.1f}×')})")
+        lines.append(line)
+    return table("| tokens per second (against `generate`) | 8 prompts, 64 rows at a time "
+                 "| 16 prompts, 128 rows |", lines)
 
 
 def sampling_growth(machine:str="xeon")->str:
@@ -124,4 +139,4 @@ def sampling_growth(machine:str="xeon")->str:
 
 
 if __name__ == "__main__":
-    print(headline(), others(), stages(), growth(), sampling_growth(), sep="\n\n")
+    print(headline(), others(), stages(), growth(), sampling(), sampling_growth(), sep="\n\n")

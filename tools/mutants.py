@@ -284,6 +284,8 @@ MUTANTS = [Mutant(*row) for row in [
     ("foreign files are overwritten", "pipeline",
      '("new", "") if not list_outputs(job.folder) else', '("new", "") if True else',
      "test_pipeline.py -k unknown_files", 0),
+    ("an infinite setting of a training", "training", "        refuse_infinite(self)\n", "",
+     "test_bad_input.py -k no_setting_is_infinite", 0),
     ("checkpoints sorted by name", "training",
      'return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))', "return sorted(found)",
      "test_training.py -k half_written", 0),

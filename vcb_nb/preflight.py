@@ -38,7 +38,7 @@ def check_numbers(args:TrainingArguments)->None:
                          "-1 to count in num_train_epochs.")
     for kind in ("logging", "eval", "save"):
         every, steps = getattr(args, f"{kind}_strategy"), getattr(args, f"{kind}_steps")
-        if str(every.value) == "steps" and not 0 < (steps or 0) < float("inf"):
+        if str(every.value) == "steps" and not (steps or 0) > 0:
             raise InputError(f"{kind}_steps is {steps}. Set it to a number above 0, or "
                              f"{kind}_strategy to 'no'.")
 
