@@ -1,5 +1,5 @@
 """The budget beside what a step takes: memory by the allocator and by the system, and time."""
-import json, statistics
+import gc, json, statistics
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -27,6 +27,7 @@ def step_work(s:Settings)->Work:
 
 def allocated_peak(call)->float: # MB
     "The most that PyTorch has asked for at one time during a call, by its profiler."
+    gc.collect() # garbage of an earlier call would count as given back in this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen: call()
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0

@@ -1,9 +1,10 @@
 """The budget of a recipe is held to what is counted and measured: operations to those of the
 benchmarks, memory to the allocator's own record, rows and lengths to what stages really read."""
-import json
+import gc, json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from benchmarks import budget
@@ -71,6 +72,16 @@ def test_memory_is_what_a_step_asks_for(name):
     step() # what is made once is there
     world.free()
     assert abs(expected_growth(world) / allocated_peak(step) - 1) < .15
+
+
+def test_garbage_of_an_earlier_call_is_not_counted():
+    "The profiler knows it, and would take it off whichever call it is collected in."
+    cycle, kept = [], []
+    allocated_peak(lambda: cycle.extend([torch.empty(2_000_000), cycle]))
+    gc.collect() # it is old now, so that only a full collection looks at it
+    del cycle
+    def call(): gc.collect(), kept.append(torch.empty(1_000_000))
+    assert allocated_peak(call) == pytest.approx(4)
 
 
 @pytest.mark.slow

@@ -251,7 +251,8 @@ def test_a_broken_line_is_skipped(broken, tmp_path):
 
 
 ASK = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler) # ignored below a shell's `&`
 from vcb_nb.chat_api import Chat, ChatConfig
 questions, settings = json.load(open(sys.argv[1]))
 Chat(ChatConfig(**settings)).ask(questions)
