@@ -14,10 +14,10 @@ real: $(READY)  ## a pretrained model (SmolLM2-135M), a few prompts and a reward
 	@$(BIN)/python tools/smollm2.py runs/smollm2
 	@$(BIN)/vcb run recipes/real/recipe.yaml
 
-test-real: $(READY)  ## the page "Your model and your data", and other people's data, with that model
+test-real: $(READY)  ## the pages "Your model and your data" and "LoRA", and other people's data, with that model
 	@$(BIN)/pip install --quiet --disable-pip-version-check gguf
 	@$(BIN)/python tools/smollm2.py runs/smollm2
-	VCB_REAL=1 $(BIN)/python -m pytest tests/test_real.py tests/test_notebooks.py -k "your_model or scored"
+	VCB_REAL=1 $(BIN)/python -m pytest tests/test_real.py tests/test_notebooks.py -k "your_model or lora or scored"
 
 test: $(READY)  ## every test and every notebook, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \

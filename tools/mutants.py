@@ -637,7 +637,24 @@ MUTANTS = [Mutant(*row) for row in [
      'if k not in ("name", "output_dir")}', "if k}", "test_recipes.py -k variant"),
     ("a base leads back for ever", "recipes",
      "if base.resolve() in (path.resolve(), *above):", "if base.resolve() == path.resolve():",
-     "test_recipes.py -k base_that"),]]
+     "test_recipes.py -k base_that"),
+    ("a card swaps before and after", "cards",
+     '_estimate(first.get(key)), _estimate(found[key])',
+     '_estimate(found[key]), _estimate(first.get(key))',
+     "test_cards.py -k measured"),
+    ("a card names a path", "cards",
+     """return f"`{Path(source.name.partition('#')[0]).name}` (local)\"""",
+     'return f"`{source.name}` (local)"', "test_cards.py -k no_path"),
+    ("a moved run forgets its origins", "pipeline",
+     "return os.path.relpath(str(value), job.folder) if stage_folder(value) else str(value)",
+     "return str(value)", "test_cards.py -k moved"),
+    ("an adapter is pushed with a base that nobody has", "cards",
+     "    if not is_hub_name(named):", "    if False:", "test_cards.py -k no_path"),
+    ("a new repository is public", "cards", "private:bool=True, # where",
+     "private:bool=False, # where", "test_cards.py -k default"),
+    ("a commit is looked up though the name has it", "hub",
+     """    if re.fullmatch(r"[0-9a-f]{40}", revision or ""): return revision\n""", "",
+     "test_cards.py -k pinned"),]]
 
 
 def source(mutant):

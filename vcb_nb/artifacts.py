@@ -178,6 +178,12 @@ def refuse_unfinished(path)->None:
         raise InputError(f"{path} is not there to be read: the stage that writes {folder} did not "
                          "finish. Run that stage again with the same settings: it resumes.")
 
+# %% ../nbs/foundations/01_artifacts.ipynb #b1199a19
+def stage_folder(path)->Path | None:
+    "The folder of the finished stage that wrote a file or folder; None where no stage did."
+    path = Path(str(path).partition("#")[0])
+    return next((f for f in (path, *path.parents[:2]) if (f/MANIFEST).is_file()), None)
+
 # %% ../nbs/foundations/01_artifacts.ipynb #8a6e570a
 LOCK, OWNER = ".lock", ".lock.owner"
 

@@ -152,12 +152,12 @@ def stage_parser(stage, # of STAGES
     if inherited: parser.add_flag("help_all", "show the settings of TrainingArguments as well")
     if stage.name == "data": parser.epilog = "\n".join([
         "Two commands look at a file and convert one:",
-        *(f"  vcb data {name} --help" for name in DATA_TOOLS)])
+        *(f"  vcb {name} --help" for name in TOOLS if name.startswith("data "))])
     return parser
 
 # %% ../nbs/runs/05_cli.ipynb #c11a0102
 def _tool_parser(name:str, usage:str, help:str, **options)->_Parser: # option: (metavar, help, …)
-    parser = _Parser(f"data {name}", usage, help)
+    parser = _Parser(name, usage, help)
     for option, (metavar, said, *more) in options.items():
         parser.add_argument(f"--{option}", metavar=metavar, help=said, **dict(*more))
     return parser
@@ -165,7 +165,7 @@ def _tool_parser(name:str, usage:str, help:str, **options)->_Parser: # option: (
 def inspect_parser()->_Parser:
     "The options of `vcb data inspect`."
     parser = _tool_parser(
-        "inspect", "FILE [OPTIONS]", "Say what a file would be read as, and show a row.",
+        "data inspect", "FILE [OPTIONS]", "Say what a file would be read as, and show a row.",
         model=("NAME", "whose tokens and loss mask are shown: a folder or a hub name; no weights "
                        "are loaded"),
         against=("FILE", "another file, which should have no prompt in common with this one"),
@@ -185,7 +185,7 @@ def inspect_parser()->_Parser:
 def convert_parser()->_Parser:
     "The options of `vcb data convert`."
     parser = _tool_parser(
-        "convert", "SOURCE OUT --to LAYOUT [OPTIONS]", "Write a file in another layout.",
+        "data convert", "SOURCE OUT --to LAYOUT [OPTIONS]", "Write a file in another layout.",
         to=("LAYOUT", "pairs (TRL's prompt, chosen, rejected, margin), ultrafeedback, chat "
                       "(messages), or candidates"),
         mode=("MODE", "of pairs: all, best_worst or best_of_rest (default: all)",
@@ -215,18 +215,44 @@ def _convert(own)->None:
     n = convert(*own.words, own.to, own.mode, own.redo)
     print(f"{own.words[1]}: {n} row{'s' * (n != 1)}")
 
-# %% ../nbs/runs/05_cli.ipynb #c11a0104
-DATA_TOOLS = {"inspect": (inspect_parser, _inspect), "convert": (convert_parser, _convert)}
+# %% ../nbs/runs/05_cli.ipynb #08e6e6b8
+def push_parser()->_Parser:
+    "The options of `vcb push`."
+    parser = _tool_parser(
+        "push", "MODEL NAME [OPTIONS]", "Write a model and its card to the Hub.",
+        revision=("BRANCH", "a branch; made where it is missing (default: main)"),
+        base_model=("NAME", "the base model's name on the Hub, where the run began with a folder"),
+        license=("ID", "the licence, as the Hub writes it: apache-2.0"))
+    parser.add_flag("public", "make a new repository public (default: private)")
+    parser.add_flag("help", "show this help")
+    parser.epilog = ("MODEL is the folder model or adapter of a finished stage, as in "
+                     "runs/demo/calibrate/vcb/model; NAME is owner/name.")
+    return parser
 
-def _run_tool(name:str, *args:str)->None:
-    "`vcb data inspect` and `vcb data convert`."
-    make, run = DATA_TOOLS[name]
+def _push(own)->None:
+    from vcb_nb.cards import push_to_hub
+    if len(own.words) != 2:
+        raise InputError("vcb push takes the folder of a model and a name on the Hub.")
+    print(push_to_hub(*own.words, private=not own.public, revision=own.revision,
+                      base_model=own.base_model, license=own.license))
+
+# %% ../nbs/runs/05_cli.ipynb #c11a0104
+TOOLS = {"data inspect": (inspect_parser, _inspect), "data convert": (convert_parser, _convert),
+         "push": (push_parser, _push)}
+
+def _find_tool(args:list)->str | None: # of TOOLS
+    "The tool that a command line calls."
+    return next((name for name in TOOLS if args[:name.count(" ") + 1] == name.split()), None)
+
+def _run_tool(name:str, args:list)->None:
+    "A command that runs no stage."
+    make, run = TOOLS[name]
     parser = make()
-    own, unknown = parser.read(list(args))
+    own, unknown = parser.read(args)
     if own.help: return print(parser.format_help())
     known = [key for key in vars(own) if key != "words"]
     for key in unknown:
-        raise InputError(f"vcb data {name}: --{key} is no option. {did_you_mean(key, known)}")
+        raise InputError(f"vcb {name}: --{key} is no option. {did_you_mean(key, known)}")
     empty = next((key for key, value in vars(own).items() if value == ""), None)
     if empty: raise InputError(f"--{empty} is empty. Give it a value, or leave it out.")
     run(own)
@@ -261,6 +287,19 @@ def _show_plan(jobs:list)->None:
     for name, said in states.items():
         print(f"{name:<24} {' '.join(filter(None, said))}{', cannot start' * (name in problems)}")
     if problems: raise Problems(problems)
+    _show_commits(jobs)
+
+def _show_commits(jobs:list)->None:
+    "What each name on the Hub stands for."
+    from vcb_nb.hub import pinned
+    from vcb_nb.pipeline import hub_commits
+    found = hub_commits(jobs)
+    if found: print("\nOn the Hub:")
+    for source, commit in found.items():
+        said = (commit[:12] if commit and commit in source else
+                f"now {commit[:12]}; write {pinned(source, commit)} to keep it" if commit else
+                "its commit could not be looked up")
+        print(f"  {source}: {said}")
 
 def _show_budget(jobs:list, own)->None:
     "A row per job, and what does not fit."
@@ -281,7 +320,7 @@ def _run_stage(name:str, args:list)->None:
     if own.help or getattr(own, "help_all", False):
         return print(stage_parser(stage, not own.help).format_help())
     if len(own.words) > 1:
-        tool = did_you_mean(own.words[0], DATA_TOOLS) if name == "data" else ""
+        tool = did_you_mean(own.words[0], TOOLS) if name == "data" else ""
         raise InputError(f"vcb {name} takes one recipe, or none. {tool}".strip())
     with _trust(own):
         if own.words: return _stage_of_recipe(stage, own.words[0], settings, own.redo)
@@ -326,7 +365,7 @@ def _stage_alone(stage, settings:dict, redo:bool)->None:
 def _general_help()->str:
     "What `vcb` alone prints."
     commands = {"run": "Run or resume a whole recipe.",
-                **{f"data {name}": tool().description for name, (tool, _) in DATA_TOOLS.items()},
+                **{name: tool().description for name, (tool, _) in TOOLS.items()},
                 **{name: find_stage(name).help for name in stage_names()}}
     return "\n".join([
         "Value-based Calibration of language models.", "",
@@ -347,11 +386,11 @@ def _dispatch(args:list)->None:
     command, rest = (args[0], args[1:]) if args else ("--help", [])
     if command == "--version": return print(f"vcb {__version__}")
     if command in ("--help", "-h", "help"): return print(_general_help())
-    names = ["run", *stage_names()]
+    names = ["run", *(name for name in TOOLS if " " not in name), *stage_names()]
     if command not in names:
         raise InputError(f"There is no command '{command}'. {did_you_mean(command, names)}")
     if not any(word.startswith("--help") for word in rest): _quiet()
-    if command == "data" and rest[:1] and rest[0] in DATA_TOOLS: return _run_tool(*rest)
+    if tool := _find_tool(args): return _run_tool(tool, args[tool.count(" ") + 1:])
     return _run_recipe(rest) if command == "run" else _run_stage(command, rest)
 
 # %% ../nbs/runs/05_cli.ipynb #28f6ae03

@@ -8,14 +8,15 @@ Docs: https://vcb-nb.github.io/vcb_nb/runs/pipeline.html.md"""
 __all__ = ['plan', 'plan_states', 'up_to', 'run_recipe']
 
 # %% ../nbs/runs/03_pipeline.ipynb #f55ec019
-import importlib.metadata, logging, platform, shutil, time
+import importlib.metadata, logging, os, platform, shutil, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from .artifacts import (LOCK, MANIFEST, PENDING, InputError, changed_outputs, did_you_mean,
                               fingerprint, list_outputs, read_json, read_manifest, remove_leftovers,
-                              run_lock, write_json, write_manifest)
+                              run_lock, stage_folder, write_json, write_manifest)
 from .checks import Outlook, check_disk
+from .hub import find_commit, is_hub_name
 from .recipes import load_recipe, save_recipe
 from .settings import deciding, differences, load_object, source_key
 from .shards import rank_and_world
@@ -128,6 +129,12 @@ def job_state(job:Job)->tuple[str, str]: # state, and a remark
                            + (f" (and {len(changed)-1} more)" if changed[1:] else ""))
     return "done", f"made in {found['seconds']:.0f} s"
 
+# %% ../nbs/runs/03_pipeline.ipynb #190a688f
+def each_source(value)->list:
+    "The sources in an input: itself, or what a list or a dict holds."
+    return [*(value.values() if isinstance(value, dict) else
+              value if isinstance(value, list) else [value])]
+
 # %% ../nbs/runs/03_pipeline.ipynb #3c6bd5d2
 def plan_states(jobs:list)->dict: # name → (state, remark)
     "The states of a run's jobs, what follows from a stale one included."
@@ -142,11 +149,29 @@ def plan_states(jobs:list)->dict: # name → (state, remark)
 
 def _reads_from(job:Job, folders:dict)->str | None:
     "The name of the first of these folders that holds an input of a job."
-    values = [v for value in job.inputs.values() for v in
-              (value.values() if isinstance(value, dict) else
-               value if isinstance(value, list) else [value])]
+    values = [v for value in job.inputs.values() for v in each_source(value)]
     return next((name for folder, name in folders.items()
                  if any(folder in Path(str(v)).parents for v in values)), None)
+
+# %% ../nbs/runs/03_pipeline.ipynb #e7e5b471
+_MODELS = {"model", "tokenizer", "policy", "policies", "reference", "reference_model", "reward",
+           "gold"} # settings that name models; other inputs are data
+
+def _hub_sources(jobs:list)->dict: # name, as it was written → 'model' or 'dataset'
+    "What jobs read from the Hub."
+    folders, found = [job.folder for job in jobs], {}
+    for job in jobs:
+        for setting, value in job.inputs.items():
+            for source in map(str, each_source(value)):
+                if is_hub_name(source) and not {*Path(source).parents} & {*folders}:
+                    found.setdefault(source, "model" if setting in _MODELS else "dataset")
+    return found
+
+def hub_commits(jobs:list, fetched:bool=False, # those in the cache, before those of the Hub
+               )->dict: # name, as it was written → commit; None where it is not known
+    "The commits of what jobs read from the Hub."
+    found = _hub_sources(jobs)
+    return {source: find_commit(source, kind, fetched) for source, kind in found.items()}
 
 # %% ../nbs/runs/03_pipeline.ipynb #30c0a002
 def find_problems(jobs:list, states:dict, # of `plan_states`
@@ -211,6 +236,14 @@ def _clear(job:Job, state:str)->None:
         for name in changed_outputs(job.folder, read_manifest(job.folder)):
             (job.folder/name).unlink(missing_ok=True)
 
+def _sources(job:Job)->dict: # setting → text, or a list or dict of texts
+    "What its inputs were called; what another stage wrote, as seen from this one's folder."
+    def called(value):
+        if isinstance(value, dict): return {k: called(v) for k, v in value.items()}
+        if isinstance(value, list): return [*map(called, value)]
+        return os.path.relpath(str(value), job.folder) if stage_folder(value) else str(value)
+    return {name: called(value) for name, value in job.inputs.items()}
+
 def _open_record(job:Job, key:dict)->None:
     "Write the pending manifest, then remove the old one: at no time is the folder without either."
     write_json(job.folder/PENDING, {"key": fingerprint(key), **key})
@@ -242,6 +275,7 @@ def _run_job(job:Job, redo:bool)->str:
     summary = load_object(job.stage.run)(job.config)
     if _barrier():
         write_manifest(job.folder, stage=job.name, key=fingerprint(key), **key,
+                       sources=_sources(job), commits=hub_commits([job], True),
                        seed=job.settings.get("seed"), versions=_versions(),
                        seconds=round(time.time()-start, 2), summary=summary)
         log.info("%-24s took %.0f s", job.name, time.time()-start)

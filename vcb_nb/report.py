@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .artifacts import (MANIFEST, InputError, atomic_write, finished_stages, read_json,
                               read_manifest)
+from .cards import write_cards
 from .chat import prompt_text
 from .figures import (figure_bytes, plot_calibration, plot_frontier, plot_margins,
                             plot_reliability, plot_rewards, plot_training_curves, run_label)
@@ -364,7 +365,7 @@ def _samples(run:Path, summary:dict)->dict:
     return rows
 
 def report(config:ReportConfig)->dict: # where the pages are
-    "Write `index.html`, `report.md` and `figures/` from what a run has left."
+    "Write `index.html`, `report.md`, `figures/` and `cards/` from what a run has left."
     run, out = Path(config.run), Path(config.output_dir or Path(config.run)/"report")
     parts = [Path(part).parent.relative_to(run).as_posix() for part in config.parts]
     path = run/"evaluate"/"summary.json"
@@ -376,6 +377,7 @@ def report(config:ReportConfig)->dict: # where the pages are
         blocks += sample_blocks(summary, _samples(run, summary), config.samples)
     if "judge" in parts: blocks += judge_blocks(run)
     write_report(title, blocks + training_blocks(run, parts), out)
+    write_cards(run, out/"cards")
     return {"html": str(out/"index.html"), "markdown": str(out/"report.md"),
             "figures": sum(isinstance(b, Figure) for b in blocks)}
 
