@@ -310,7 +310,7 @@ MUTANTS = [Mutant(*row) for row in [
      '    finally: pass\n', "test_security.py -k ends_with_its_command", 0),
     ("a name leads out of the run", "stages", "and name.isprintable(): return", "or True: return",
      "test_security.py -k writes_elsewhere", 0),
-    ("a recipe climbs out of its folder", "recipes", '    _refuse_climbing(recipe, path.name)\n',
+    ("a recipe climbs out of its folder", "recipes", '    refuse_climbing(recipe, path.name)\n',
      "", "test_security.py -k writes_elsewhere", 0),
     ("a stage writes where it likes", "recipes", 'if "output_dir" in settings:', "if False:",
      "test_security.py -k writes_elsewhere", 0),

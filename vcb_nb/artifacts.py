@@ -182,7 +182,9 @@ def refuse_unfinished(path)->None:
 LOCK, OWNER = ".lock", ".lock.owner"
 
 @contextmanager
-def run_lock(folder):
+def run_lock(folder,
+             wait:bool=False, # wait for the other run instead of refusing?
+            ):
     "Lock a folder for one run. A second run is refused with the process id of the first."
     folder = Path(folder)
     try: folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +192,7 @@ def run_lock(folder):
         raise InputError(f"{folder} cannot be made ({e.strerror}). Choose another output "
                          "folder.") from None
     lock = FileLock(folder/LOCK)
-    try: lock.acquire(blocking=False)
+    try: lock.acquire(blocking=wait, poll_interval=.2)
     except Timeout:
         raise InputError(f"{folder} is in use by {_owner(folder)}. Wait for it to end, or choose "
                          "another output folder.") from None
