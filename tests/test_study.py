@@ -9,10 +9,9 @@ import yaml
 
 from vcb_nb.artifacts import InputError, read_json, read_manifest, run_lock
 from vcb_nb.cli import main
-from vcb_nb.contrasts import contrast, gain_at_kl
-from vcb_nb.pipeline import Problems
-from vcb_nb.study import (Question, cells_of, decisions_of, is_done, load_study, record_study,
-                          shipped_studies, study_plan)
+from vcb_nb.contrasts import contrast, decide, gain_at_kl
+from vcb_nb.study import (Question, cells_of, decisions_of, decisions_text, load_study,
+                          record_study, shipped_studies, study_plan)
 
 ROOT = Path(__file__).parent.parent
 TOY = {"base": str(ROOT/"tests"/"tiny.yaml"), "seeds": 2,
@@ -70,7 +69,8 @@ def test_a_cell_per_seed_and_level(tmp_path):
 def test_equal_work_has_one_folder(tmp_path):
     "Everything before the factor is shared by its levels; nothing is shared by seeds."
     found = homes(tmp_path)
-    a, b, c = "learning_rate=0.001,seed=0", "learning_rate=0.005,seed=0", "learning_rate=0.001,seed=1"
+    a, b, c = (f"learning_rate={rate},seed={seed}" for rate, seed in
+               ((.001, 0), (.005, 0), (.001, 1)))
     jobs = [job for name, job in found if name == a]
     shared = {job for job in jobs if found[a, job] == found[b, job]}
     assert shared == {"data", "tokenizer", "sft", "reward", "sample", "sample_validation", "score",
@@ -148,6 +148,12 @@ BAD = {
                                   "primary.between"),
     "a secondary measure that is none": (dict(secondary=["golden"]), "Did you mean"),
     "no seeds": (dict(seeds=None), "seeds is not set"),
+    "fewer seeds than one": (dict(seeds=-1), "seeds is below 1"),
+    "no gold reward": (dict(recipe={**TOY["recipe"], "evaluate.gold": None}), "no gold reward"),
+    "no KL": (dict(recipe={**TOY["recipe"], "evaluate.temperature": .7}), "needs a KL"),
+    "no prompts out of distribution": (
+        dict(recipe={**TOY["recipe"], "data.world": {"ood": 0}},
+             primary={**TOY["primary"], "prompts": "ood"}), "no prompts out of distribution"),
     "seeds as a text": (dict(seeds="many"), "seeds"),
     "a seed twice": (dict(seeds=[1, 2, 1]), "one seed twice"),
     "no base": (dict(base="dmo"), "Did you mean 'demo'?"),
@@ -251,7 +257,8 @@ def test_a_decision_is_the_contrast_of_the_rows():
     def statistic(m): return gain_at_kl(m[:, 2:4], m[:, 6:], 1) - gain_at_kl(m[:, :2], m[:, 4:6], 1)
     want = contrast([matrix(seed) for seed in range(4)], statistic, 1.)
     assert {k: found[k] for k in want} == pytest.approx(want)
-    assert found["value"] == pytest.approx(.3, abs=.1) and (found["level"], found["at"]) == ("b", {})
+    assert found["value"] == pytest.approx(.3, abs=.1)
+    assert (found["level"], found["at"]) == ("b", {})
 
 
 def test_seeds_with_one_set_of_prompts_are_crossed():
@@ -279,7 +286,7 @@ def test_other_factors_are_not_mixed():
     found = decisions_of(rows, Question(**ASKED))
     assert [(c["level"], c["at"]) for c in found] == [("b", {"n": "2"}), ("b", {"n": "4"})]
     found = decisions_of(rows[:-1], Question(measure="gold_at_1_nat", baseline=2, between="n"))
-    assert [(c["level"], c["at"]) for c in found] == [("4", {"method": "a"}), ("4", {"method": "b"})]
+    assert [(c["level"], c["at"]["method"]) for c in found] == [("4", "a"), ("4", "b")]
 
 
 def test_a_factor_that_is_the_method_is_compared_across_methods():
@@ -297,6 +304,15 @@ def test_tuned_settings_are_those_of_the_other_seeds():
             r["gold_gain"] = [g + 1 for g in r["gold_gain"]]
     found, = decisions_of(rows, Question(**ASKED, tuned=["lr"]))
     assert found["value"] == pytest.approx(1.3, abs=.15) and found["tuned_over"] == [2, 2]
+
+
+def test_an_unequal_effort_is_said():
+    "Two strengths of one method and one of the other."
+    rows = [r for r in rows_of() if r["policy"] != "b1"]
+    found = decide(decisions_of(rows, Question(**ASKED)))
+    assert found[0]["strengths"] == [1, 2]
+    said = decisions_text([dict(c, family="primary", family_size=1) for c in found])
+    assert "unequal: 1 and 2 strengths" in said and "b − a" in said and "4 seeds" in said
 
 
 def test_columns_that_are_not_there_are_named():
@@ -392,7 +408,8 @@ def test_shared_work_is_done_once(whole):
 def test_the_decision_is_recorded_with_when_it_was_named(whole):
     found = read_json(whole[0]/"out"/"decisions.json")
     record = read_json(whole[0]/"out"/"study.json")["history"][0]
-    assert (found["named_on"], found["file"], found["changed"]) == (record["at"], record["file"], [])
+    assert (found["named_on"], found["file"]) == (record["at"], record["file"])
+    assert found["changed"] == []
     decision, = found["decisions"]
     assert decision["level"] == "dpo" and decision["family_size"] == 1
     assert decision["verdict"].startswith("undecided (") and record["evaluated"] == 0
@@ -506,3 +523,23 @@ def test_problems_are_said_before_any_cell_runs(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "learning_rate=0.001,seed=0: score" in said and "no_such_module" in said
     assert not list((tmp_path/"out").rglob("manifest.json"))
+
+
+def test_a_job_takes_over_what_another_process_finished(tmp_path):
+    "Two runs with one shared folder: the second waits inside the job, and finds it done."
+    import threading
+
+    from vcb_nb.pipeline import plan, run_job
+    from vcb_nb.recipes import check_recipe
+    (tmp_path/"a.txt").write_text("a few words " * 50)
+    job, = plan(check_recipe({"seed": 0, "output_dir": str(tmp_path/"out"), "tokenizer": {
+        "data": str(tmp_path/"a.txt"), "vocab_size": 300}}))
+    found = []
+    with run_lock(job.folder):
+        with pytest.raises(InputError, match="in use by process"): run_job(job)
+        thread = threading.Thread(target=lambda: found.append(run_job(job, wait=True)))
+        thread.start()
+        time.sleep(1)
+        assert not found and thread.is_alive()
+    thread.join()
+    assert found == ["new"] and run_job(job, wait=True) == "done"

@@ -127,6 +127,7 @@ def contrast(units, # per seed: [P, k], a row of values per prompt
     if found["why"]: return found
     draws = hierarchical_bootstrap(there, statistic, n_boot, prompts, seed)
     smallest = min(len(there), len(there[0])) if prompts == "shared" else len(there)
+    if np.isnan(draws).all(): return {**found, "why": "no resample has a value"}
     se = float(np.nanstd(draws)*math.sqrt(smallest/(smallest - 1)))
     return {**found, **_tests(found["value"], se, smallest - 1, margin, level)}
 

@@ -37,7 +37,7 @@ class Question:
     "The comparison that a study decides."
     measure: str = option(REQUIRED, "Such as gold_at_1_nat, gold_area_to_3_nats, or a column of "
                                     "the table, such as gold_gain.")
-    baseline: str | int | float = option(REQUIRED, "The level that every other is compared with.")
+    baseline: str | int | float | bool = option(REQUIRED, "The level that every other is compared with.")
     between: str = option("method", "What has these levels: 'method', or a factor.")
     prompts: str = option("test", "On which prompts: 'test' or 'ood'.")
     margin: float | None = option(None, "A difference of this size would matter; methods that "
@@ -46,10 +46,10 @@ class Question:
                                   "the other seeds.")
 
     def __post_init__(self):
+        if self.baseline is not None: self.baseline = level_label(self.baseline)
         check_required(self)
         check_choice("primary.prompts", self.prompts, ("test", "ood"))
         if self.margin is not None: check_above(self, margin=0)
-        self.baseline = level_label(self.baseline)
         measure_of(self.measure)
 
 def level_label(value)->str:
@@ -97,6 +97,7 @@ class Study:
     def __post_init__(self):
         check_required(self)
         if isinstance(self.seeds, int): self.seeds = list(range(self.seeds))
+        if not self.seeds: raise InputError("seeds is below 1. Give their number, or a list.")
         check_folder_name(self.name, "the name", "study")
         if len({*self.seeds}) < len(self.seeds): raise InputError("seeds has one seed twice.")
         self.question = Question(**check_values(Question, self.primary, "primary"))
@@ -151,7 +152,8 @@ def load_study(name:str, # a file, or the name of a study that comes with the pa
     "Read and check a study file."
     path = Path(name) if Path(name).is_file() else shipped_studies().get(name)
     if path is None:
-        raise InputError(f"There is no study file '{name}'. {did_you_mean(name, shipped_studies())}")
+        raise InputError(f"There is no study file '{name}'. "
+                         f"{did_you_mean(name, shipped_studies())}")
     values = read_yaml(path)
     refuse_climbing(values, path.name)
     values = {"name": path.stem, **check_values(Study, values, path.name)}
@@ -264,10 +266,10 @@ def _check_methods(study, cells:list)->None:
     "Whether the policies of each cell can answer the question."
     asked, (columns, _) = study.question, measure_of(study.question.measure)
     for cell in cells:
-        settings = next(job.settings for job in cell.jobs if job.name == "evaluate")
-        methods = [about.get("method", name) for name, about in
-                   (settings.get("methods") or {}).items()]
+        config = next(job.config for job in cell.jobs if job.name == "evaluate")
+        methods = [about.get("method", name) for name, about in config.methods.items()]
         where = f"{study.path.name}: cell {cell.name}"
+        _check_measured(config, asked, (asked.measure, *study.secondary), where)
         if not methods: raise InputError(f"{where} has no policy to compare. Add methods.")
         if asked.between == "method":
             check_choice(f"{where}: primary.baseline", asked.baseline, {*methods})
@@ -276,6 +278,20 @@ def _check_methods(study, cells:list)->None:
         if many and len(columns) == 1:
             raise InputError(f"{where} has several policies of {many}, and {asked.measure} is one "
                              "number for each. Ask for gold_at_1_nat, or give one strength.")
+
+def _check_measured(config, asked, measures:tuple, where:str)->None:
+    "Whether an evaluation measures what the question needs."
+    if asked.prompts == "ood" and not config.ood_prompts:
+        raise InputError(f"{where} has no prompts out of distribution. Ask for prompts: test.")
+    for name in measures:
+        columns, judge = measure_of(name)[0], name.partition("_")[0]
+        if judge in ("gold", "reward") and not getattr(config, judge):
+            raise InputError(f"{where} has no {judge} reward, and {name} needs it. Set "
+                             f"evaluate.{judge}, or choose another measure.")
+        if {*columns} & {"kl", "kl_k3"} and not config.on_policy:
+            raise InputError(f"{where} samples at temperature {config.temperature:g}, top_p "
+                             f"{config.top_p:g}, top_k {config.top_k}. {name} needs a KL, which "
+                             "only samples of the policy itself give.")
 
 def record_study(study:Study)->dict:
     "Record what is asked, before anything runs; `InputError` if it was another question."
@@ -314,7 +330,8 @@ def _reason(status:int, said:str)->str:
     lines = [line.strip() for line in said.replace("\r", "\n").splitlines() if line.strip()]
     own = [line.removeprefix("vcb: ") for line in lines if line.startswith("vcb: ")]
     if status < 0:
-        own = [f"it was killed by {signal.Signals(-status).name}. Start the study again: it resumes."]
+        name = signal.Signals(-status).name
+        own = [f"it was killed by {name}. Start the study again: it resumes."]
     return " ".join(own) or f"exit status {status}: {lines[-1] if lines else 'no output'}"
 
 # %% ../nbs/runs/09_study.ipynb #cfbf5938
@@ -556,12 +573,15 @@ def decisions_of(numbers:list, # rows with a number per prompt
     for about, levels in sorted(grouped.items()):
         if asked.baseline not in levels: continue
         tried = {level: len(settings) for level, settings in levels.items()}
+        points = {level: max(len(rows) for arm in settings.values() for rows in arm.values())
+                  for level, settings in levels.items()}
         arms = {level: _tuned_arm(s, columns, statistic) for level, s in levels.items()}
         base = arms.pop(asked.baseline)
         margin = asked.margin if name == asked.measure else None
         found += [dict(measure=name, prompts=asked.prompts, between=asked.between, level=level,
                        baseline=asked.baseline, at=dict(about),
                        tuned_over=[tried[level], tried[asked.baseline]],
+                       strengths=[points[level], points[asked.baseline]],
                        **_compare(arm, base, columns, statistic, margin))
                   for level, arm in sorted(arms.items())]
     return found
@@ -593,6 +613,9 @@ def decisions_text(decisions:list)->str:
         p = "-" if c["p_holm"] is None else f"{c['p_holm']:.3f}"
         what = "no value" if c["value"] is None else estimate_text(c, "+.3f")
         counted = f"{c['seeds']} seeds" + f", {c['missing']} missing"*bool(c["missing"])
+        for key, what_for in (("tuned_over", "settings"), ("strengths", "strengths")):
+            a, b = c[key]
+            if a != b: counted += f", unequal: {a} and {b} {what_for}"
         return (f"{c['family']}: {c['measure']} ({c['prompts']}), {c['level']} − {c['baseline']}"
                 f"{at and f' at {at}'}: {what}, p {p} of {c['family_size']}, {counted}: "
                 f"{c['verdict']}")
