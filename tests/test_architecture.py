@@ -23,7 +23,8 @@ TRAINERS = {"sft", "reward", "calibrate"}
 TORCH_ONLY = {"losses": {"torch"}, "worlds": {"torch"}, "explorables": set(),
               "plots": {"matplotlib"}, "figures": {"matplotlib", "numpy"},
               "artifacts": {"tqdm", "filelock"}, "settings": set(),
-              "measures": {"numpy", "torch"}, "verdicts": {"numpy"}, "contrasts": {"numpy"}, "judge": set(),
+              "measures": {"numpy", "torch"}, "verdicts": {"numpy"}, "contrasts": {"numpy"},
+              "judge": set(),
               "chat_api": {"openai"}, "stages": set()}
 
 

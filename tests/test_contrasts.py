@@ -31,6 +31,7 @@ def test_between_two_points_by_hand():
     assert gain_at_kl([.25, 2.25], [.4, 1.], 1) == pytest.approx(.7)
     assert gain_at_kl([2.25], [.9], 1) == pytest.approx(.6) # two thirds of the way from SFT
     assert gain_at_kl([1.], [.3], 1) == pytest.approx(.3) # a point itself
+    assert gain_at_kl([4., .25, 2.25], [9., .4, 1.], 1) == pytest.approx(.7) # in any order
 
 
 KL = st.lists(st.floats(.01, 9), min_size=1, max_size=5, unique=True)

@@ -647,7 +647,7 @@ MUTANTS = [Mutant(*row) for row in [
     ("contrasts: points in the order in which they came", "contrasts",
      'order, gain = np.argsort(root, axis=-1, kind="stable"), np.asarray(gain, float)',
      "order, gain = np.arange(root.shape[-1]) + 0*root.astype(int), np.asarray(gain, float)",
-     "test_contrasts.py -k root_kl"),
+     "test_contrasts.py -k between_two_points"),
     ("contrasts: an area in √KL", "contrasts",
      "return ((x1 - x0)*(x0*y0 + (x0 + x1)*(y0 + y1) + x1*y1)).sum(-1)/3",
      "return ((x1 - x0)*(y0 + y1)).sum(-1)/2", "test_contrasts.py -k area"),
