@@ -543,3 +543,14 @@ def test_a_job_takes_over_what_another_process_finished(tmp_path):
         assert not found and thread.is_alive()
     thread.join()
     assert found == ["new"] and run_job(job, wait=True) == "done"
+
+
+def test_a_job_whose_file_is_lost_is_not_done(tmp_path):
+    from vcb_nb.artifacts import write_manifest
+    from vcb_nb.study import is_done
+    assert not is_done(tmp_path)
+    (tmp_path/"model").write_text("weights")
+    write_manifest(tmp_path, stage="sft")
+    assert is_done(tmp_path)
+    (tmp_path/"model").unlink()
+    assert not is_done(tmp_path)

@@ -708,7 +708,7 @@ MUTANTS = [Mutant(*row) for row in [
      "test_study.py -k tuned_settings"),
     ("study: a lost file is not noticed", "study",
      "return manifest is not None and not changed_outputs(home, manifest)",
-     "return manifest is not None", "test_study.py -k piece_by_piece"),
+     "return manifest is not None", "test_study.py -k file_is_lost"),
     ("a run does not wait", "pipeline",
      "with nullcontext() if rank else run_lock(job.folder, wait):",
      "with nullcontext() if rank else run_lock(job.folder):", "test_study.py -k takes_over_what"),]]
