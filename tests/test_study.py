@@ -504,7 +504,7 @@ def test_a_run_waits_for_a_folder_that_is_in_use(tmp_path):
         waiting = vcb(*words, "--wait")
         time.sleep(8)
         assert waiting.poll() is None and not (tmp_path/"out"/"tokenizer").exists()
-    ended(waiting)
+    assert f"out is in use by process {os.getpid()}: waiting" in ended(waiting)
     assert read_manifest(tmp_path/"out"/"tokenizer")
 
 

@@ -7,8 +7,8 @@ Docs: https://vcb-nb.github.io/vcb_nb/runs/study.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/runs/09_study.ipynb #39b0ebbf
-import itertools, json, logging, os, re, shlex, signal, subprocess, sys, threading, time
+# %% ../nbs/runs/09_study.ipynb #3ed24b40
+import itertools, json, logging, os, platform, re, shlex, signal, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -366,7 +366,7 @@ def run_cells(cells:list, children:Children, processes:int)->dict: # cell → wh
             for number, call in enumerate(as_completed(calls), 1):
                 name, said = calls[call].name, call.result()
                 if said: failed[name] = [said]
-                left = (time.time() - start)/number*(len(cells) - number)
+                left = (time.time() - start)/max(number, processes)*(len(cells) - number)
                 log.info("%d of %d cells, %.1f min left: %s %s", number, len(cells), left/60, name,
                          "failed" if said else "is done")
         except BaseException as e:
@@ -417,9 +417,9 @@ def run_one_cell(study:Study, which:str)->None: # its number, or its name
     link_jobs(named[which])
     run_recipe(named[which].recipe, study.upto, wait=True)
 
-# %% ../nbs/runs/09_study.ipynb #020b659e
-def expected_seconds(cells:list)->dict: # (cell, job) names → seconds, or None
-    "How long each job took, or should take."
+# %% ../nbs/runs/09_study.ipynb #31ab9fe1
+def expected_seconds(cells:list)->tuple: # (folder of a job → seconds or None, by the budget?)
+    "How long each job took, or should take; whether any of it comes from the budget."
     homes = {home: job for cell in cells for job in cell.jobs for home in [cell.homes[job.name]]}
     took = {home: read_manifest(home)["seconds"] for home in homes if is_done(home)}
     def mean(same):
@@ -432,7 +432,7 @@ def expected_seconds(cells:list)->dict: # (cell, job) names → seconds, or None
     def guess(job):
         known = (names[job.name], stages[job.stage.name], budget.get(job.name))
         return next((seconds for seconds in known if seconds is not None), None)
-    return {home: took.get(home, guess(job)) for home, job in homes.items()}
+    return {home: took.get(home, guess(job)) for home, job in homes.items()}, bool(budget)
 
 def _budget(cell:Cell)->dict: # name of a job → seconds
     from vcb_nb.budget import recipe_budget
@@ -447,7 +447,7 @@ def study_plan(study:Study, cells:list, processes:int | None=None)->str:
             home = cell.homes[job.name]
             users[home] = users.get(home, 0) + 1
             stages.setdefault(job.stage.name, {})[home] = None
-    seconds, processes = expected_seconds(cells), processes or available_cores()
+    (seconds, budgeted), processes = expected_seconds(cells), processes or available_cores()
     done = {home for home in users if is_done(home)}
     def row(name, homes):
         todo = [seconds[home] for home in homes if home not in done]
@@ -460,8 +460,10 @@ def study_plan(study:Study, cells:list, processes:int | None=None)->str:
     lines = [f"{name:<12}" + "".join(f"{n:>8}" for n in rest[:-1]) + f"{rest[-1]:>14}"
              for name, *rest in table]
     hours = float(table[-1][-1])/processes/3600
+    note = (" By the budget, which counts operations: tiny models take several times as long."
+            if budgeted else "")
     return "\n".join([*lines, "", f"{len(cells)} cells, {sum(c.done for c in cells)} of them done; "
-        f"{hours:.2f} hours left with {processes} processes. Without sharing, "
+        f"{hours:.2f} hours left with {processes} processes.{note} Without sharing, "
         f"{sum(users.values())} jobs instead of {len(users)}."])
 
 # %% ../nbs/runs/09_study.ipynb #d9e1475d
@@ -599,10 +601,24 @@ def write_results(study:Study, cells:list, record:dict)->list:
     second = decide([c for name in study.secondary for c in decisions_of(numbers, asked, name)])
     decisions = [dict(family=name, family_size=len(family), seeds_planned=len(study.seeds), **c)
                  for name, family in (("primary", primary), ("secondary", second)) for c in family]
+    first, *later = record["history"]
     write_json(study.folder/"decisions.json", dict(
-        named_on=record["history"][0]["at"], file=record["history"][0]["file"],
-        changed=[entry["changed"] for entry in record["history"][1:]], decisions=decisions))
+        named_on=first["at"], file=first["file"], changed=[entry["changed"] for entry in later],
+        cells=len(cells), done=sum(cell.done for cell in cells), machine=machine_name(),
+        job_hours=_hours(cells), decisions=decisions))
     return decisions
+
+def _hours(cells:list)->float:
+    "What all finished jobs took, each once, in hours of one process."
+    homes = {home for cell in cells for home in cell.homes.values() if is_done(home)}
+    return round(sum(read_manifest(home)["seconds"] for home in homes)/3600, 3)
+
+def machine_name()->str:
+    "The processor, as far as the system tells."
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return f"{found[1] if found else platform.processor() or platform.machine()}, " \
+           f"{available_cores()} cores"
 
 # %% ../nbs/runs/09_study.ipynb #bdfce70e
 def decisions_text(decisions:list)->str:
