@@ -502,9 +502,10 @@ def test_a_run_waits_for_a_folder_that_is_in_use(tmp_path):
     with run_lock(tmp_path/"out"):
         assert "is in use by process" in ended(vcb(*words), 2)
         waiting = vcb(*words, "--wait")
-        time.sleep(8)
+        said = waiting.stdout.readline() # comes while the folder is still locked
+        assert f"out is in use by process {os.getpid()}: waiting" in said
         assert waiting.poll() is None and not (tmp_path/"out"/"tokenizer").exists()
-    assert f"out is in use by process {os.getpid()}: waiting" in ended(waiting)
+    ended(waiting)
     assert read_manifest(tmp_path/"out"/"tokenizer")
 
 
