@@ -13,17 +13,18 @@ LAYERS = [["losses"], ["worlds"], ["plots"], ["figures", "explorables"], ["widge
           ["data", "world"], ["tokenizers"],
           ["models"], ["adapters"], ["loading"], ["saving", "batches"],
           ["packing", "preflight"], ["prepare", "logprobs", "training", "measures"],
-          ["judges", "decoding"], ["checks", "chat_api", "verdicts"],
+          ["judges", "decoding"], ["checks", "chat_api", "verdicts", "contrasts"],
           ["sft", "reward", "sample", "calibrate"], ["score"], ["evaluate"], ["diagnosis"],
           ["judge"], ["live"], ["stages"], ["recipes"], ["pipeline"], ["budget"], ["cards"],
-          ["report"], ["inspection"],
+          ["report"], ["inspection", "study"],
           ["cli"]]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 TRAINERS = {"sft", "reward", "calibrate"}
 TORCH_ONLY = {"losses": {"torch"}, "worlds": {"torch"}, "explorables": set(),
               "plots": {"matplotlib"}, "figures": {"matplotlib", "numpy"},
               "artifacts": {"tqdm", "filelock"}, "settings": set(),
-              "measures": {"numpy", "torch"}, "verdicts": {"numpy"}, "judge": set(),
+              "measures": {"numpy", "torch"}, "verdicts": {"numpy"}, "contrasts": {"numpy"},
+              "judge": set(),
               "chat_api": {"openai"}, "stages": set()}
 
 

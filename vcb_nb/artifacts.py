@@ -8,11 +8,14 @@ Docs: https://vcb-nb.github.io/vcb_nb/foundations/artifacts.html.md"""
 __all__ = ['InputError', 'atomic_write', 'write_json', 'read_json', 'atomic_dir', 'fingerprint']
 
 # %% ../nbs/foundations/01_artifacts.ipynb #230c1d50
-import difflib, hashlib, json, os, re, shutil
+import difflib, hashlib, json, logging, os, re, shutil
 from contextlib import contextmanager
 from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
+
+# %% ../nbs/foundations/01_artifacts.ipynb #5d0c0010
+log = logging.getLogger(__name__)
 
 # %% ../nbs/foundations/01_artifacts.ipynb #62412423
 class InputError(ValueError):
@@ -188,7 +191,9 @@ def stage_folder(path)->Path | None:
 LOCK, OWNER = ".lock", ".lock.owner"
 
 @contextmanager
-def run_lock(folder):
+def run_lock(folder,
+             wait:bool=False, # wait for the other run instead of refusing?
+            ):
     "Lock a folder for one run. A second run is refused with the process id of the first."
     folder = Path(folder)
     try: folder.mkdir(parents=True, exist_ok=True)
@@ -198,8 +203,11 @@ def run_lock(folder):
     lock = FileLock(folder/LOCK)
     try: lock.acquire(blocking=False)
     except Timeout:
-        raise InputError(f"{folder} is in use by {_owner(folder)}. Wait for it to end, or choose "
-                         "another output folder.") from None
+        if not wait:
+            raise InputError(f"{folder} is in use by {_owner(folder)}. Wait for it to end, or "
+                             "choose another output folder.") from None
+        log.info("%s is in use by %s: waiting for it to end", folder, _owner(folder))
+        lock.acquire(poll_interval=.2)
     except (OSError, NotImplementedError) as e:
         if disk_refusal(e): raise
         raise InputError(f"{folder}: its file system cannot lock files ({e}). Choose an output "

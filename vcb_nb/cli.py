@@ -14,6 +14,7 @@ from pathlib import Path
 from . import __version__
 from .artifacts import InputError, did_you_mean, disk_refusal, run_lock
 from .recipes import apply_override, load_recipe, shipped_recipes
+from .settings import coerce
 from .stages import find_stage, stage_names
 
 # %% ../nbs/runs/05_cli.ipynb #6f513a11
@@ -105,6 +106,7 @@ def run_parser()->_Parser:
                         "for an hour")
     parser.add_flag("plan", "list the jobs, their states and what keeps any of them from starting; "
                     "do nothing")
+    parser.add_flag("wait", "wait for a folder that another run uses, instead of refusing")
     parser.add_flag("budget", "with --plan: operations, memory, disk, time and price of each job, "
                     "and what would make it fit")
     _add_common(parser)
@@ -274,7 +276,7 @@ def _run_recipe(args:list)->None:
         jobs = plan(recipe)
         if own.upto: jobs = up_to(jobs, own.upto)
         with _trust(own): return _show_plan(jobs) or own.budget and _show_budget(jobs, own)
-    with _trust(own): states = run_recipe(recipe, own.upto, own.redo)
+    with _trust(own): states = run_recipe(recipe, own.upto, own.redo, own.wait)
     report = Path(recipe["output_dir"])/"report"/"index.html"
     if set(states.values()) == {"done"}: print("Everything is up to date; nothing was done.")
     if report.exists(): print(f"Report: {report}")
@@ -311,6 +313,55 @@ def _trust(own):
     if not own.trust_remote_code: return nullcontext()
     from vcb_nb.loading import trusting_remote_code
     return trusting_remote_code()
+
+# %% ../nbs/runs/05_cli.ipynb #5d0c0002
+def study_parser()->_Parser:
+    "The options of `vcb study`."
+    parser = _Parser("study", "STUDY [OPTIONS]", "Run or resume a study: a recipe at several seeds "
+                     "and settings, and the comparison that its file names.")
+    for name, (metavar, help) in dict(
+            output_dir=("FOLDER", "folder of the study (default: runs/studies/<name>)"),
+            processes=("N", "cells at once, each on one thread (default: one per core)"),
+            cell=("CELL", "run this cell alone, by its number from 0 or its name: for the array "
+                          "of a cluster's scheduler")).items():
+        parser.add_argument(f"--{name}", metavar=metavar, help=help)
+    parser.add_flag("plan", "count the jobs (shared, own, done) and the hours; do nothing")
+    parser.add_flag("trust_remote_code", "run Python code that comes with a model. Read it first")
+    parser.add_flag("help", "show this help")
+    parser.epilog = ("STUDY is a YAML file. It names a recipe, seeds, factors and the primary "
+                     "measure.\nRunning it again resumes; finished cells are skipped.")
+    return parser
+
+# %% ../nbs/runs/05_cli.ipynb #5d0c0003
+def _run_study(args:list)->None:
+    "`vcb study`."
+    own, unknown = study_parser().read(args)
+    if own.help: return print(study_parser().format_help())
+    for key in unknown:
+        raise InputError(f"vcb study: --{key} is no option. {did_you_mean(key, vars(own))} A "
+                         "setting of the recipe belongs into the study file.")
+    empty = next((key for key, value in vars(own).items() if value == ""), None)
+    if empty: raise InputError(f"--{empty} is empty. Give it a value, or leave it out.")
+    from vcb_nb import study
+    if len(own.words) != 1:
+        raise InputError("vcb study takes one study. Studies that come with the package: "
+                         + ", ".join(study.shipped_studies()) + ".")
+    asked = study.load_study(own.words[0], own.output_dir)
+    processes = own.processes and coerce(own.processes, int, "--processes")
+    if processes is not None and processes < 1:
+        raise InputError("--processes is below 1. Give the number of cells to run at once.")
+    with _trust(own):
+        if own.plan: return _plan_study(asked, processes)
+        if own.cell is not None: return study.run_one_cell(asked, own.cell)
+        print(study.decisions_text(study.run_study(asked, processes, own.trust_remote_code)))
+    print(f"Results: {asked.folder/'results.jsonl'}")
+
+def _plan_study(asked, processes)->None:
+    "What a study would do; `Problems` if a cell cannot start."
+    from vcb_nb import study
+    cells = study.cells_of(asked)
+    print(study.study_plan(asked, cells, processes))
+    study.check_cells(asked, [cell for cell in cells if not cell.done])
 
 # %% ../nbs/runs/05_cli.ipynb #4a6a6e81
 def _run_stage(name:str, args:list)->None:
@@ -365,6 +416,7 @@ def _stage_alone(stage, settings:dict, redo:bool)->None:
 def _general_help()->str:
     "What `vcb` alone prints."
     commands = {"run": "Run or resume a whole recipe.",
+                "study": "Run a recipe at several seeds and settings, and compare.",
                 **{name: tool().description for name, (tool, _) in TOOLS.items()},
                 **{name: find_stage(name).help for name in stage_names()}}
     return "\n".join([
@@ -386,12 +438,13 @@ def _dispatch(args:list)->None:
     command, rest = (args[0], args[1:]) if args else ("--help", [])
     if command == "--version": return print(f"vcb {__version__}")
     if command in ("--help", "-h", "help"): return print(_general_help())
-    names = ["run", *(name for name in TOOLS if " " not in name), *stage_names()]
+    names = ["run", "study", *(name for name in TOOLS if " " not in name), *stage_names()]
     if command not in names:
         raise InputError(f"There is no command '{command}'. {did_you_mean(command, names)}")
     if not any(word.startswith("--help") for word in rest): _quiet()
     if tool := _find_tool(args): return _run_tool(tool, args[tool.count(" ") + 1:])
-    return _run_recipe(rest) if command == "run" else _run_stage(command, rest)
+    whole = {"run": _run_recipe, "study": _run_study}.get(command)
+    return whole(rest) if whole else _run_stage(command, rest)
 
 # %% ../nbs/runs/05_cli.ipynb #28f6ae03
 class Stopped(KeyboardInterrupt):

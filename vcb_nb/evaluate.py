@@ -259,8 +259,8 @@ def check_signal(source:str, # scored candidates
                          "nothing can be compared. Sample more per prompt, or check the rewards.")
 
 # %% ../nbs/stages/08_evaluate.ipynb #8358e7fb
-def measure(table:CompletionTable, config)->dict: # each number an `estimate`; KL is None off policy
-    "Reward, KL, length and diversity of one policy's samples on one split."
+def per_prompt(table:CompletionTable, config)->dict: # name → [P]; no KL off policy
+    "Reward, KL, length and diversity of one policy's samples on one split, prompt by prompt."
     columns, ids = table.columns, table.get("completion_ids")
     k1, k3 = kl_estimates(columns["logps"], columns["ref_logps"])
     units = {judge: [np.mean(v) for v in columns[judge]] for judge in JUDGES if judge in columns}
@@ -269,6 +269,11 @@ def measure(table:CompletionTable, config)->dict: # each number an `estimate`; K
     units["finished"] = [np.mean([f == "stop" for f in fs]) for fs in table.get("finish_reasons")]
     for n in (1, 2, 3): units[f"distinct_{n}"] = [distinct_n(group, n) for group in ids]
     units["distinct_share"] = [distinct_share(group) for group in ids]
+    return units
+
+def measure(table:CompletionTable, config)->dict: # each number an `estimate`; KL is None off policy
+    "The means of `per_prompt`, with intervals over prompts."
+    ids, units = table.get("completion_ids"), per_prompt(table, config)
     found = {name: estimate(values, **config.boot) for name, values in units.items()}
     return dict(prompts=len(ids), samples=sum(map(len, ids)), on_policy=config.on_policy,
                 **{name: None for name in ("kl", "kl_k3", *JUDGES) if name not in found}, **found)
@@ -342,6 +347,7 @@ def evaluate(config:EvaluateConfig)->dict: # the summary, also in output_dir/sum
     tables = {key: read_table(folder) for key, folder in folders.items()}
     calibrations = fill_columns(config, tables, marks)
     summary = summarise(config, list(splits), tables, calibrations)
+    write_json(Path(config.output_dir)/PER_PROMPT, every_prompt(config, list(splits), tables))
     write_json(Path(config.output_dir)/"summary.json", summary)
     return summary
 
@@ -379,6 +385,16 @@ def summarise(config, splits:list, tables:dict, calibrations:dict)->dict:
     return dict(settings=_settings_of(config), policies=policies,
                 comparisons={s: {j: games(s, j) for j in judges} for s in splits},
                 frontier={s: frontier(policies, s) for s in splits})
+
+PER_PROMPT = "per_prompt.json"
+
+def every_prompt(config, splits:list, tables:dict)->dict: # split → {prompts, policies}
+    "What contrasts of several runs need: each number of each prompt, and a mark of the prompts."
+    def rounded(values): return [float(f"{v:.6g}") for v in values]
+    def numbers(table): return {k: rounded(v) for k, v in per_prompt(table, config).items()}
+    return {s: {"prompts": fingerprint(tables["sft", s].get("prompt")),
+                "policies": {name: numbers(tables[name, s]) for name in config.policies}}
+            for s in splits}
 
 def _settings_of(config)->dict:
     "The settings; a judge that was given as a function by its name."

@@ -103,8 +103,8 @@ def _text(value):
 # %% ../nbs/runs/03_pipeline.ipynb #5a245615
 def _recorded(job:Job)->dict: # None where there is nothing
     "The manifest of a finished job, or the key of one under way."
-    pending = job.folder/PENDING
-    return read_manifest(job.folder) or (read_json(pending) if pending.exists() else None)
+    try: return read_manifest(job.folder) or read_json(job.folder/PENDING)
+    except FileNotFoundError: return read_manifest(job.folder) # it may have finished just now
 
 def _has_work(folder:Path)->bool:
     "Whether a stage has left more than its intentions."
@@ -251,10 +251,11 @@ def _open_record(job:Job, key:dict)->None:
 
 # %% ../nbs/runs/03_pipeline.ipynb #f3432c20
 def run_job(job:Job, redo:bool=False, # replace stale results instead of refusing
+            wait:bool=False, # wait for another process that runs it, instead of refusing
            )->str: # the state in which it was found
     "Run, resume or skip one job, and record it; no other process may do so meanwhile."
     rank, _ = rank_and_world()
-    with nullcontext() if rank else run_lock(job.folder):
+    with nullcontext() if rank else run_lock(job.folder, wait):
         try: return _run_job(job, redo)
         except KeyboardInterrupt as e:
             e.job = job.name
@@ -300,17 +301,18 @@ def up_to(jobs:list, stage:str)->list:
 def run_recipe(recipe:dict, # a checked recipe
                upto:str=None, # stop after this stage
                redo:bool=False, # replace stale results instead of refusing
+               wait:bool=False, # wait for folders that another process uses
               )->dict: # job → the state in which it was found
     "Run or resume a whole recipe."
     run, jobs = Path(recipe["output_dir"]), plan(recipe)
     if upto: jobs = up_to(jobs, upto)
     if rank_and_world()[0]: return {job.name: run_job(job, redo) for job in jobs}
-    with run_lock(run):
+    with run_lock(run, wait):
         if not redo: _refuse_changed(jobs)
         check_jobs(jobs)
         remove_leftovers(run, deep=False)
         save_recipe(recipe, run/"recipe.yaml")
-        return {job.name: run_job(job, redo) for job in jobs}
+        return {job.name: run_job(job, redo, wait) for job in jobs}
 
 # %% ../nbs/runs/03_pipeline.ipynb #a37e6563
 def lesson_run(upto:str="score", # last stage that is needed

@@ -91,7 +91,7 @@ def parse_yaml(text:str, where:str):
     except (yaml.YAMLError, ValueError, RecursionError) as e: # ValueError: the 99th of a month
         raise InputError(f"{where}: not YAML ({' '.join(str(e).split())}). Fix it.") from None
 
-def _read_yaml(path:Path)->dict:
+def read_yaml(path:Path)->dict:
     try: content = parse_yaml(path.read_text("utf-8"), str(path))
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: byte 0x{e.object[e.start]:02x} at position {e.start + 1} is not "
@@ -108,7 +108,7 @@ def _merged(old, new):
 
 def _read_with_base(path:Path, above:tuple=())->dict: # above: files that led here
     "What a recipe's file says, over what its base says."
-    recipe = _read_yaml(path)
+    recipe = read_yaml(path)
     if "base" not in recipe: return recipe
     name = coerce(recipe.pop("base"), str, f"{path.name}: base")
     beside = path.parent/name
@@ -169,7 +169,8 @@ def _refuse_own_folder(section:str, settings:dict, where:str)->None:
         raise InputError(f"{where}: {section} has an output_dir of its own. A stage of a recipe "
                          "writes below the run's folder: set output_dir at the top level.")
 
-def _refuse_climbing(recipe:dict, where:str)->None:
+def refuse_climbing(recipe:dict, # or a study: it has an output_dir too
+                    where:str)->None:
     "A recipe file may name a folder to write to, but not climb out of the one it is run in."
     if ".." in Path(str(recipe.get("output_dir", ""))).parts:
         raise InputError(f"{where}: output_dir '{recipe['output_dir']}' leads out of the working "
@@ -208,7 +209,7 @@ def load_recipe(name:str, # a file, or the name of a recipe that comes with the 
     "Read, override and check a recipe; `name`, `seed` and `output_dir` get their defaults."
     path = find_recipe(name)
     recipe = _read_with_base(path)
-    _refuse_climbing(recipe, path.name)
+    refuse_climbing(recipe, path.name)
     for key, value in (overrides or {}).items(): apply_override(recipe, key, value)
     recipe.setdefault("name", path.stem)
     recipe.setdefault("seed", 0)
