@@ -746,7 +746,7 @@ def online_rows(config, tokenizer, rows=None)->tuple: # (Dataset, counts)
     return made, {"prompts": len(kept), "truncated_prompts": cut,
                   "dropped": {"no signal": len(whole) - len(kept)}}
 
-# %% ../nbs/stages/12_online.ipynb #ca5fe8e3
+# %% ../nbs/stages/12_online.ipynb #f046bbfb
 def check_named(config)->None:
     "Raise `InputError` where an input is missing."
     for name in ("model", "prompts", "reward"):
@@ -766,9 +766,9 @@ def check_online(config:OnlineConfig, ahead)->None:
     ahead.training(config, origin)
 
 def closing_metrics(history:list)->dict:
-    "The metrics of the last training log."
-    row = next((row for row in reversed(history) if "loss" in row), {})
-    return {k: v for k, v in row.items() if k not in ("epoch", "step")}
+    "The last value of every metric of training; those of samples come once for each block."
+    rows = [row for row in history if "loss" in row]
+    return {k: v for row in rows for k, v in row.items() if k not in ("epoch", "step")}
 
 # %% ../nbs/stages/12_online.ipynb #3a6550e0
 def online(config:OnlineConfig)->dict: # JSON-able summary
