@@ -1,7 +1,7 @@
 """Training on fresh samples: every method's gradient against the exact one, the loop against a run
 in another shape, and what a kill leaves. Real tiny models in float64 over strings that can be
 enumerated."""
-import itertools, math, os, random, subprocess, sys
+import itertools, math, os, subprocess, sys, time
 from functools import cache
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from vcb_nb.artifacts import InputError, read_json, write_jsonl
-from vcb_nb.evaluate import evaluate
+from vcb_nb import online as stage
+from vcb_nb.artifacts import InputError, write_jsonl
 from vcb_nb.loading import load_policy, load_tokenizer, new_reward_model
 from vcb_nb.losses import reward_sigma
 from vcb_nb.models import new_policy
@@ -20,7 +20,6 @@ from vcb_nb.online import (BlockSampler, OnlineConfig, OnlineTrainer, PPOTrainer
                            group_advantages, mini_batch, online, online_losses, read_rollout)
 from vcb_nb.pipeline import plan
 from vcb_nb.recipes import check_recipe, load_recipe
-from vcb_nb.sample import sample_candidates
 from vcb_nb.saving import save_model
 from vcb_nb.shards import leave_group
 from vcb_nb.training import checkpoint_args, read_curve, run_training
@@ -48,6 +47,9 @@ def reward(completion_ids, **columns):
     "A number for every string that has no pattern."
     return [math.sin(3. + sum((t + 2) * (k + 1)**1.7 for t, k in enumerate(ids)))
             for ids in completion_ids]
+
+
+def shortest(prompt, completion): return -float(len(completion))
 
 
 JUDGE = f"{__name__}:reward" if __name__ != "__main__" else f"{__file__}:reward"
@@ -132,7 +134,8 @@ def test_padding_reaches_no_loss(name):
         loss = online_losses(name, *given, rewards, mask, reward_sigma(rewards)[0])
         loss.sum().backward()
         return loss.detach(), given[0].grad.masked_fill(~mask, 0.)
-    rubbish = [torch.where(mask, x, x + 7 * draw(2, 3, 4, seed=9)) for x in (logps, old, ref)]
+    rubbish = [torch.where(mask, x, 7 * draw(2, 3, 4, seed=9 + i))
+               for i, x in enumerate((logps, old, ref))]
     for ours, theirs in zip(found(logps, old, ref), found(*rubbish)): close(ours, theirs)
 
 
@@ -459,6 +462,12 @@ def test_accumulated(base, folder, tmp_path, name):
     assert_same(trajectory(folder, tmp_path), base(name))
 
 
+def test_checkpointing(base, folder, tmp_path):
+    "A backward that runs the forward again sees the same samples."
+    train(folder, tmp_path, gradient_checkpointing=True, **RUNS["grpo"])
+    assert_same(trajectory(folder, tmp_path), base("grpo"))
+
+
 def test_rows(base, folder, tmp_path):
     "Packed or in padded rows."
     trainer = train(folder, tmp_path, way="rows", **RUNS["ppo"])
@@ -480,11 +489,35 @@ def worker(folder, out):
 def test_two_processes(base, folder, tmp_path):
     "Two gloo processes of two prompts each make the run of one process of four."
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": str(Path(stage.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *launch, __file__, str(folder), str(tmp_path)], env=env,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in RUNS: assert_same(trajectory(folder, tmp_path/name), base(name))
+
+
+def solo(folder, out):
+    "One process that saves at every step."
+    torch.set_num_threads(1)
+    train(folder, out, **RUNS["ppo"], save_strategy="steps", save_steps=1)
+
+
+@pytest.mark.slow
+def test_killed_for_real(base, folder, tmp_path):
+    "SIGKILL as soon as a checkpoint's folder appears, whole or half: twice; then to the end."
+    command = [sys.executable, __file__, "solo", str(folder), str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(Path(stage.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    for step in (3, 8):
+        process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
+        while not (tmp_path/"checkpoints"/f"checkpoint-{step}").exists():
+            assert process.poll() is None
+            time.sleep(.01)
+        process.kill()
+        process.wait()
+        assert not (tmp_path/"model").exists()
+    subprocess.run(command, env=env, check=True, stderr=subprocess.DEVNULL)
+    ours, theirs = trajectory(folder, tmp_path), base("ppo")
+    for key in theirs: close(ours[key], theirs[key], rtol=0, atol=0, msg=key)
 
 
 LORA = {"r": 4, "lora_dropout": 0., "init_lora_weights": True}
@@ -528,6 +561,14 @@ def test_the_stage_is_run_from_files(folder, tmp_path):
     assert summary["steps"] == 4 and summary["samples"] == 12
     assert summary["data"]["prompts"] == len(PROMPTS)
     assert load_policy(tmp_path/"model") and not (tmp_path/"checkpoints").exists()
+
+
+def test_a_collapse_is_said(folder, tmp_path):
+    "A reward for the empty answer alone, and no KL: one text is left, and the summary says so."
+    config = config_of(folder, tmp_path, **{
+        **SETTINGS, "max_steps": 120, "learning_rate": 2e-2}, loss="rloo", n=8,
+        loss_params={"beta": 0.}, reward=JUDGE.replace(":reward", ":shortest"))
+    assert "entropy" in online(config)["collapsed"]
 
 
 def test_sigma_of_sft_samples(folder, tmp_path):
@@ -627,4 +668,6 @@ def test_demo_online_is_planned():
             "calibrate/dpo"} <= {name.partition("-")[0] for name in names}
 
 
-if __name__ == "__main__": worker(*map(Path, sys.argv[1:]))
+if __name__ == "__main__":
+    if sys.argv[1] == "solo": solo(*map(Path, sys.argv[2:]))
+    else: worker(*map(Path, sys.argv[1:]))

@@ -543,8 +543,30 @@ def _evaluate_work(config, peek)->list:
                       *_readings(config, config.gold, policy, drawn, peek)]
     return found
 
+def _online_work(config, peek)->list:
+    "Fresh samples of blocks of prompts, read by reward and reference, and the passes over them."
+    rows = load_prompts(peek.place(config.prompts))
+    if config.limit: rows = rows.select(range(min(config.limit, len(rows))))
+    found = token_lengths(peek.tokenizer(config.model), rows, (), config, config.max_prompt_length)
+    block = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    updates = config.iterations * config.num_mini_batches
+    blocks = (config.max_steps / updates if config.max_steps > 0
+              else config.num_train_epochs * (len(rows) // block))
+    lengths = found.prompt, config.n, _expected(config, peek), (found.longest[0],
+                                                               config.max_new_tokens)
+    drawn = Work("sample", block * blocks, *lengths, batch=config.batch_size,
+                 dtype=config.dtype or "float32")
+    trained = Work("train", block * blocks, *lengths, **{**_how(config), "max_steps": -1,
+                                                         "passes": config.iterations})
+    policy = peek.config(config.model)
+    scored = [] if is_function(config.reward) else [
+        (peek.config(config.reward), replace(drawn, kind="read", batch=1, head=False))]
+    return [(policy, drawn), *scored, (policy, replace(drawn, kind="read", batch=1)),
+            (policy, trained)]
+
 WORK = {"pretrain": _sft_work, "sft": _sft_work, "reward": _reward_work, "sample": _sample_work,
-        "score": _score_work, "calibrate": _calibrate_work, "evaluate": _evaluate_work}
+        "score": _score_work, "calibrate": _calibrate_work, "online": _online_work,
+        "evaluate": _evaluate_work}
 
 # %% ../nbs/runs/07_budget.ipynb #3a0a78b5
 def _smaller(work:Work)->list: # of (settings in words, changed work)

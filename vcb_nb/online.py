@@ -7,7 +7,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/stages/online.html.md"""
 # %% auto #0
 __all__ = ['OnlineConfig', 'OnlineTrainer', 'online']
 
-# %% ../nbs/stages/12_online.ipynb #23c6d3ac
+# %% ../nbs/stages/12_online.ipynb #617f43cf
 import logging, math, random, time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,6 +25,7 @@ from .loading import (LoadingSettings, at_revision, check_same_tokenizer, load_p
 from .logprobs import WAYS, checked_logps, lay_out, same_way
 from .losses import (LOSSES, Loss, calibration_metrics, preference_loss, reward_sigma,
                            target_gamma)
+from .measures import TWO_CANDIDATES
 from .models import disable_dropout
 from .ppo import (PPOSettings, adapted_beta, clipped_surrogate, clipped_value_loss,
                         generalised_advantages, load_value_model, moments, token_rewards, whiten)
@@ -263,7 +264,17 @@ def _check_sampling(config)->None:
                          f"per_device_train_batch_size {config.per_device_train_batch_size}. "
                          "Choose a divisor.")
 
-# %% ../nbs/stages/12_online.ipynb #d3d48054
+# %% ../nbs/stages/12_online.ipynb #0032901c
+def block_size(args)->int: # prompts
+    "The prompts of all micro-batches of all processes."
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+def check_block(prompts:int, args)->None:
+    "Raise `InputError` where there are fewer prompts than a block has."
+    if prompts >= (size := block_size(args)): return
+    raise InputError(f"There are {prompts} prompts, and a step takes {size}. Lower "
+                     "per_device_train_batch_size or gradient_accumulation_steps.")
+
 class BlockSampler(torch.utils.data.Sampler):
     "Row numbers: blocks in random order, each repeated for all updates made on its samples."
     def __init__(self, rows:int, # prompts
@@ -350,7 +361,7 @@ class _Means:
         self.sums = {}
         return {name: (pair[0] / pair[1]).item() for name, pair in found.items()}
 
-# %% ../nbs/stages/12_online.ipynb #54ebfab3
+# %% ../nbs/stages/12_online.ipynb #660dbc9e
 def row_numbers(rows:list)->dict: # a collator
     "A batch is the numbers of its rows; their samples are still to be drawn."
     return {"index": torch.tensor([row["index"] for row in rows])}
@@ -374,12 +385,8 @@ class RolloutTrainer(ResumingTrainer):
                              "DeepSpeed.")
         self.reference = None if reference is None else self.accelerator.prepare_model(
             reference.to(args.device), evaluation_mode=True)
-        self.block = (args.per_device_train_batch_size * args.gradient_accumulation_steps
-                      * args.world_size)
-        if len(train_dataset) < self.block:
-            raise InputError(f"There are {len(train_dataset)} prompts, and a step takes "
-                             f"{self.block}. Lower per_device_train_batch_size or "
-                             "gradient_accumulation_steps.")
+        self.block = block_size(args)
+        check_block(len(train_dataset), args)
 
     @property
     def policy(self): return self.accelerator.unwrap_model(self.model)
@@ -463,7 +470,7 @@ class RolloutTrainer(ResumingTrainer):
         if step: self.take_kept(load_file(self._kept_file(
             Path(self.args.output_dir)/f"checkpoint-{step}")))
 
-# %% ../nbs/stages/12_online.ipynb #fc92ef6f
+# %% ../nbs/stages/12_online.ipynb #e5ae175a
 class OnlineTrainer(RolloutTrainer):
     """A `transformers.Trainer` on fresh samples: VCB and every loss of `LOSSES`, GRPO, RLOO, REBEL.
 
@@ -478,6 +485,10 @@ class OnlineTrainer(RolloutTrainer):
                  peft_config:dict|None=None, # LoRA settings; default: `args.peft_config`
                  **kwargs, # further arguments of `Trainer`: callbacks, optimizers
                 ):
+        if not (reward or args.reward):
+            raise InputError("There is no reward. Set reward to a reward model's folder or to a "
+                             "'module:function', or pass a callable.")
+        if args.gamma and args.n == 2 and args.sigma == "candidates": log.warning(TWO_CANDIDATES)
         named = isinstance(model, (str, Path))
         if args.revision and named: model = at_revision(str(model), args.revision)
         tokenizer = processing_class or load_tokenizer(str(model) if named else args.model)
@@ -490,7 +501,9 @@ class OnlineTrainer(RolloutTrainer):
         self.way = same_way(args, *filter(None, (model, reference)),
                             length=args.max_prompt_length + args.max_new_tokens)
         judge = load_judge(reward or args.reward, tokenizer, args.workers,
-                           device=str(args.device), batch_tokens=args.batch_tokens, **args.loading)
+                           device=str(args.device), batch_tokens=args.batch_tokens,
+                           max_prompt_length=args.max_prompt_length,
+                           max_completion_length=args.max_new_tokens, **args.loading)
         super().__init__(model, args, train_dataset, tokenizer, judge, reference, **kwargs)
 
     # ---- samples
@@ -746,7 +759,7 @@ def online_rows(config, tokenizer, rows=None)->tuple: # (Dataset, counts)
     return made, {"prompts": len(kept), "truncated_prompts": cut,
                   "dropped": {"no signal": len(whole) - len(kept)}}
 
-# %% ../nbs/stages/12_online.ipynb #f046bbfb
+# %% ../nbs/stages/12_online.ipynb #45d858d0
 def check_named(config)->None:
     "Raise `InputError` where an input is missing."
     for name in ("model", "prompts", "reward"):
@@ -760,17 +773,42 @@ def check_online(config:OnlineConfig, ahead)->None:
     ahead.attempt(check_named, config)
     origin = ahead.origin(config.model) if config.model else None
     if origin is not None: ahead.fits("max_new_tokens", config.max_new_tokens, origin)
-    ahead.data(config.prompts, load_prompts)
+    rows, policy = ahead.data(config.prompts, load_prompts), ahead.model(config.model)
     if config.sigma == "stored": ahead.data(config.candidates, load_candidates)
-    for model in (config.model, config.reward, config.value_model): ahead.model(model)
+    for model in (config.reward, config.value_model): ahead.model(model)
+    if rows is not None and policy and not ahead.maker(config.candidates):
+        ahead.attempt(_check_prompts, config, rows)
     ahead.training(config, origin)
+
+def _check_prompts(config, rows)->None:
+    "Raise `InputError` for prompts that cannot be used, or too few of them."
+    made, _ = online_rows(config, load_tokenizer(config.model), rows)
+    check_block(len(made), config)
 
 def closing_metrics(history:list)->dict:
     "The last value of every metric of training; those of samples come once for each block."
     rows = [row for row in history if "loss" in row]
     return {k: v for row in rows for k, v in row.items() if k not in ("epoch", "step")}
 
-# %% ../nbs/stages/12_online.ipynb #3a6550e0
+# %% ../nbs/stages/12_online.ipynb #71d804e6
+SIGNS = { # metric → words, and when its value b is a bad one after a
+    "objective/entropy": ("entropy {:.3g} → {:.3g} nats per response", lambda a, b: b < .1 * a),
+    "completions/distinct_share": ("distinct samples {:.0%} → {:.0%}", lambda a, b: b < .5 * a),
+    "completions/mean_length": ("length {:.3g} → {:.3g} tokens",
+                                lambda a, b: not a / 4 < b < 4 * a),
+    "completions/clipped_ratio": ("samples without an end {:.0%} → {:.0%}",
+                                  lambda a, b: b > max(.5, 2 * a))}
+
+def collapse(history:list)->str: # '' where all is well
+    "In which way the samples of the last blocks have lost what those of the first had."
+    blocks = [row for row in history if "objective/entropy" in row]
+    if len(blocks) < 2: return ""
+    first, last = blocks[0], blocks[-3:]
+    def ends(name): return first[name], sum(row[name] for row in last) / len(last)
+    return ", ".join(said.format(*ends(name)) for name, (said, bad) in SIGNS.items()
+                     if bad(*ends(name)))
+
+# %% ../nbs/stages/12_online.ipynb #e78516a8
 def online(config:OnlineConfig)->dict: # JSON-able summary
     """Train one policy on its own samples; resumes a call that was cut off.
 
@@ -787,8 +825,10 @@ def online(config:OnlineConfig)->dict: # JSON-able summary
     run_training(trainer, config, f"online {config.loss}")
     save_adapter(trainer, config)
     remove_checkpoints(config)
-    steps = trainer.state.global_step
+    steps, lost = trainer.state.global_step, collapse(trainer.state.log_history)
+    if lost: log.warning("The policy has collapsed: %s", lost)
     return dict(loss=config.loss, loss_params=config.loss_params, steps=steps,
                 samples=-(-steps // trainer.updates) * trainer.block * config.n, data=counts,
                 train=closing_metrics(trainer.state.log_history),
+                **({"collapsed": lost} if lost else {}),
                 seconds=round(time.time() - start, 2))
