@@ -23,7 +23,7 @@ from vcb_nb.recipes import check_recipe, load_recipe
 from vcb_nb.saving import save_model
 from vcb_nb.shards import leave_group
 from vcb_nb.training import checkpoint_args, read_curve, run_training
-from vcb_nb.worlds import (enumerate_strings, kl_divergence, optimal_policy, random_world,
+from vcb_nb.worlds import (TableWorld, enumerate_strings, kl_divergence, optimal_policy, random_world,
                            string_logps)
 
 close = torch.testing.assert_close
@@ -550,6 +550,34 @@ def test_metrics_have_the_fields_own_names(folder, tmp_path):
         row["objective/scores"] + row["objective/non_score_reward"])
     late = trainer.state.log_history[STEPS - 2]
     assert late["objective/beta"] != row["objective/beta"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, strength, steps, rate, n", [
+    ("vcb", 1., 300, 1e-2, 8), ("rloo", .5, 300, 1e-2, 8), ("ppo", .5, 400, 3e-2, 32)])
+def test_the_loop_ends_near_the_optimum(folder, tmp_path, name, strength, steps, rate, n):
+    """The whole loop on two prompts, against π* over all 15 strings: VCB's of its γ with the SFT
+    model's own σ(x), RLOO's and PPO's of their β. From more than .6 nats to less than .1."""
+    model, tokenizer = load_policy(folder/"model", "float64"), load_tokenizer(folder/"model")
+    prompts = ["a", "b a"]
+    ids = [tokenizer(prompt).input_ids for prompt in prompts]
+    def policy(model):
+        with torch.no_grad(): return torch.stack([string_logps(model, STRINGS, p) for p in ids])
+    rewards = torch.tensor(reward(STRINGS.tokens())).double().expand(2, -1)
+    world = TableWorld(policy(model), rewards)
+    scored = [dict(prompt=p, completions=["a", "b"], rewards=[0., 1.], reward_std=s)
+              for p, s in zip(prompts, world.reward_std.tolist())]
+    options = dict(loss_params={"beta": strength}) if name != "vcb" else dict(
+        loss_params={"gamma": strength}, sigma="stored",
+        candidates=str(write_jsonl(tmp_path/"scored.jsonl", scored)))
+    config = config_of(folder, tmp_path/"out", loss=name, n=n, learning_rate=rate,
+                       per_device_train_batch_size=2, max_steps=steps, **options, reward=JUDGE)
+    trainer = {"ppo": PPOTrainer}.get(name, OnlineTrainer)(
+        config.model, checkpoint_args(config), Dataset.from_list([{"prompt": p} for p in prompts]))
+    trainer.train()
+    optimum = optimal_policy(world, strength, None if name == "vcb" else 1.)
+    far, near = (kl_divergence(policy(m), optimum) for m in (model, trainer.model))
+    assert far.min() > .6 and near.max() < .1, near
 
 
 # ---- the stage

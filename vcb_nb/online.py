@@ -606,7 +606,7 @@ class OnlineTrainer(RolloutTrainer):
         self.means.add("policy/approxkl_avg", .5 * moved.square())
         self.means.add("val/ratio", moved.exp())
 
-# %% ../nbs/stages/12_online.ipynb #fe82669d
+# %% ../nbs/stages/12_online.ipynb #77c525a6
 class PPOTrainer(OnlineTrainer):
     "Proximal policy optimisation with a value model; see [the pieces](11_ppo.ipynb)."
     def __init__(self, model, args:OnlineConfig, *rest, **kwargs):
@@ -707,16 +707,31 @@ class PPOTrainer(OnlineTrainer):
         return (push + s.value_weight * error)[mask]
 
     def kept(self)->dict:
-        "The value model and β as well."
-        state = self.accelerator.unwrap_model(self.value).state_dict()
-        return {**super().kept(), "β": torch.tensor(self.beta, dtype=torch.float64),
-                **{f"value {k}": v.cpu().contiguous() for k, v in state.items()}}
+        "β as well."
+        return {**super().kept(), "β": torch.tensor(self.beta, dtype=torch.float64)}
 
     def take_kept(self, kept:dict)->None:
         super().take_kept(kept)
         self.beta = kept["β"].item()
-        self.accelerator.unwrap_model(self.value).load_state_dict(
-            {k.removeprefix("value "): v for k, v in kept.items() if k.startswith("value ")})
+
+    def _value_weights(self)->dict: # name → weight
+        "What is trained of the value model."
+        model = self.accelerator.unwrap_model(self.value)
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        "As before; a checkpoint also gets the value model."
+        super().save_model(output_dir, _internal_call)
+        if not (_internal_call and self.args.should_save): return
+        save_file({name: p.detach().cpu().contiguous() for name, p in
+                   self._value_weights().items()}, Path(output_dir)/"value_model.safetensors")
+
+    def restore_unlogged(self)->None:
+        super().restore_unlogged()
+        step, weights = self.state.global_step, self._value_weights()
+        if not step: return
+        kept = load_file(Path(self.args.output_dir)/f"checkpoint-{step}"/"value_model.safetensors")
+        for name, p in weights.items(): p.data.copy_(kept[name])
 
 # %% ../nbs/stages/12_online.ipynb #a2dadacc
 def stored_sigmas(source:str, # scored candidates of the SFT model
