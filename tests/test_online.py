@@ -23,8 +23,8 @@ from vcb_nb.recipes import check_recipe, load_recipe
 from vcb_nb.saving import save_model
 from vcb_nb.shards import leave_group
 from vcb_nb.training import checkpoint_args, read_curve, run_training
-from vcb_nb.worlds import (TableWorld, enumerate_strings, kl_divergence, optimal_policy, random_world,
-                           string_logps)
+from vcb_nb.worlds import (TableWorld, enumerate_strings, kl_divergence, optimal_policy,
+                           random_world, string_logps)
 
 close = torch.testing.assert_close
 PROMPTS = ["a", "b", "a b", "b a", "a a", "b b", "a b a", "b b a"]

@@ -559,10 +559,18 @@ def _online_work(config, peek)->list:
     trained = Work("train", block * blocks, *lengths, **{**_how(config), "max_steps": -1,
                                                          "passes": config.iterations})
     policy = peek.config(config.model)
-    scored = [] if is_function(config.reward) else [
-        (peek.config(config.reward), replace(drawn, kind="read", batch=1, head=False))]
-    return [(policy, drawn), *scored, (policy, replace(drawn, kind="read", batch=1)),
-            (policy, trained)]
+    judge = None if is_function(config.reward) else peek.config(config.reward)
+    read, value = replace(drawn, kind="read", batch=1), replace(trained, head=False)
+    return [(policy, drawn), (policy, replace(read, passes=2)), # by the policy and the reference
+            *[(judge, replace(read, head=False))] * bool(judge),
+            (policy, trained), *[(judge or policy, value)] * (config.loss == "ppo")]
+
+def _together(found:list, needs:list)->list: # one: part → bytes
+    "The memory of online training: what it trains, and the weights of what it only reads with."
+    trained = [need for need, (_, work) in zip(needs, found) if work.kind == "train"]
+    frozen = sum(need["weights"] for need, (_, work) in zip(needs, found) if work.kind == "read")
+    peak = frozen + sum(need["peak"] for need in trained)
+    return [{**trained[0], "peak": max(peak, needs[0]["peak"] + frozen)}]
 
 WORK = {"pretrain": _sft_work, "sft": _sft_work, "reward": _reward_work, "sample": _sample_work,
         "score": _score_work, "calibrate": _calibrate_work, "online": _online_work,
@@ -640,6 +648,7 @@ def _line(job, found:list, disk:float, device:Device)->Line:
     needs = [work_memory(config, work, device.count, block) for config, work in found]
     if job.stage.name == "score": # reward model and reference are there together
         needs = [{k: sum(need[k] for need in needs) for k in ("weights", "peak")}]
+    if job.stage.name == "online": needs = _together(found, needs)
     short = [] if job.stage.name == "score" and needs[0]["peak"] <= device.usable else [
         remedy(config, work, device) for config, work in found]
     return Line(job.name, max(s.weights for s, _ in shapes), sum(w.tokens for _, w in shapes),
@@ -653,8 +662,8 @@ def _disk(job, found:list, before:list)->float:
     "Bytes that a job leaves: models as its own check foresees, of samples ten bytes per token."
     ahead = Outlook([(other.folder, other.config) for other in before])
     if job.stage.foresee: load_object(job.stage.foresee)(job.config, ahead)
-    drawn = sum(10 * w.groups * w.n * w.response for _, w in found if w.kind == "sample")
-    return drawn or ahead.kept
+    if any(work.kind == "train" for _, work in found): return ahead.kept
+    return sum(10 * w.groups * w.n * w.response for _, w in found if w.kind == "sample")
 
 def recipe_budget(jobs:list, # of `plan`
                   device:str="here", # of `find_device`
