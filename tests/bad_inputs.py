@@ -87,6 +87,8 @@ RIGHT = {
     "sample": dict(policy="{policy}", prompts="{prompts}", n=3, max_new_tokens=4),
     "score": dict(candidates="{policy_samples}", reward="bad_inputs:length", reference="{policy}"),
     "calibrate": dict(model="{policy}", candidates="{scored}", **TRAINING),
+    "online": dict(model="{policy}", prompts="{prompts}", reward="bad_inputs:length", n=3,
+                   max_new_tokens=4, **TRAINING),
     "evaluate": dict(reference="{policy}", policies={"again": "{policy}"}, prompts="{prompts}", n=2,
                      reward="bad_inputs:length", n_boot=20, max_new_tokens=4),
     "diagnose": dict(policy="{policy}", reference="{policy}", candidates="{scored}", n_boot=20),

@@ -13,13 +13,13 @@ LAYERS = [["losses"], ["worlds"], ["plots"], ["figures", "explorables"], ["widge
           ["data", "world"], ["tokenizers"],
           ["models"], ["adapters"], ["loading"], ["saving", "batches"],
           ["packing", "preflight"], ["prepare", "logprobs", "training", "measures"],
-          ["judges", "decoding"], ["checks", "chat_api", "verdicts", "contrasts"],
-          ["sft", "reward", "sample", "calibrate"], ["score"], ["evaluate"], ["diagnosis"],
-          ["judge"], ["live"], ["stages"], ["recipes"], ["pipeline"], ["budget"], ["cards"],
-          ["report"], ["inspection", "study"],
+          ["judges", "decoding"], ["checks", "chat_api", "verdicts", "contrasts"], ["ppo"],
+          ["sft", "reward", "sample", "calibrate"], ["score", "online"], ["evaluate"],
+          ["diagnosis"], ["judge"], ["live"], ["stages"], ["recipes"], ["pipeline"], ["budget"],
+          ["cards"], ["report"], ["inspection", "study"],
           ["cli"]]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-TRAINERS = {"sft", "reward", "calibrate"}
+TRAINERS = {"sft", "reward", "calibrate", "online"}
 TORCH_ONLY = {"losses": {"torch"}, "worlds": {"torch"}, "explorables": set(),
               "plots": {"matplotlib"}, "figures": {"matplotlib", "numpy"},
               "artifacts": {"tqdm", "filelock"}, "settings": set(),

@@ -15,8 +15,8 @@ from benchmarks.step import step_call
 from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError
 from vcb_nb.budget import (DEVICES, Lengths, Peek, WORK, Work, budget_text, changes,
-                           find_device, job_flops, model_shape, remedy,
-                           token_lengths, work_memory, work_seconds)
+                           find_device, job_flops, model_shape, recipe_budget,
+                           remedy, token_lengths, work_memory, work_seconds)
 from vcb_nb.cli import main
 from vcb_nb.models import new_policy
 from vcb_nb.pipeline import plan, run_recipe
@@ -169,6 +169,27 @@ def test_a_budget_before_the_run_foresees_what_the_stages_read(tmp_path):
     known = WORK["calibrate"](jobs["calibrate/vcb"].config, after)[0][1]
     assert (known.groups, known.n) == (sampled.groups, sampled.n) == (24, 4)
     assert known.longest[1] <= sampled.longest[1] == 32
+
+
+def test_online_counts_samples_and_updates(tmp_path):
+    """Blocks of prompts are drawn once and trained on as often as the method says; reference and
+    reward model are in memory beside what trains, and samples leave nothing on the disk."""
+    jobs = plan(load_recipe("demo_online", {"output_dir": str(tmp_path/"run")}))
+    peek = Peek(jobs, tmp_path/"peek")
+    configs = {job.name: job.config for job in jobs}
+    work = {name: WORK["online"](configs[f"online/{name}"], peek)
+            for name in ("grpo-beta0.1", "ppo-beta0.1")}
+    kinds = {name: [(w.kind, w.head, w.groups, w.passes) for _, w in found]
+             for name, found in work.items()}
+    assert kinds["grpo-beta0.1"] == [("sample", True, 320, 1), ("read", True, 320, 2),
+                                     ("read", False, 320, 1), ("train", True, 320, 1)]
+    assert kinds["ppo-beta0.1"][3:] == [("train", True, 320, 4), ("train", False, 320, 4)]
+    lines, _ = recipe_budget(jobs, "h100")
+    found = {line.name: line for line in lines}
+    calibrated, grpo, ppo = (found[name] for name in (
+        "calibrate/vcb-gamma1", "online/grpo-beta0.1", "online/ppo-beta0.1"))
+    assert grpo.disk == ppo.disk == calibrated.disk
+    assert calibrated.memory["peak"] < grpo.memory["peak"] < ppo.memory["peak"]
 
 
 def test_lengths_are_cut_as_the_stages_cut_them(tiny_tokenizer):

@@ -17,6 +17,7 @@ from vcb_nb.data import (attach_ids, encode_prompt, load_candidates, load_demons
 from vcb_nb.evaluate import EvaluateConfig, evaluate
 from vcb_nb.judges import RewardJudge, reads_end_of_turn, reward_scores
 from vcb_nb.loading import load_reward_model, new_reward_model
+from vcb_nb.online import OnlineConfig, online
 from vcb_nb.reward import RewardConfig, encode_pair, train_reward
 from vcb_nb.sample import SampleConfig, sample
 from vcb_nb.saving import save_model
@@ -258,7 +259,7 @@ def files(tmp_path_factory):
 
 
 def test_messages_go_through_every_stage(files, tmp_path):
-    "SFT, sampling, scoring by a function, calibration; rows keep messages and ids."
+    "SFT, sampling, scoring by a function, calibration, online; rows keep messages and ids."
     quiet = dict(max_steps=1, per_device_train_batch_size=2, disable_tqdm=True)
     train_sft(SFTConfig(str(tmp_path/"sft"), model=str(files/"policy"), eval_share=0,
                         data=str(files/"talks.jsonl"), max_prompt_length=96, max_length=200,
@@ -276,6 +277,11 @@ def test_messages_go_through_every_stage(files, tmp_path):
     summary = calibrate(CalibrationConfig(str(tmp_path/"vcb"), model=policy, eval_share=.5,
                                           candidates=str(tmp_path/"scored"/"data"), **quiet))
     assert summary["steps"] == 1
+    summary = online(OnlineConfig(str(tmp_path/"online"), model=policy, n=3, max_new_tokens=8,
+                                  prompts=str(files/"talks.jsonl"), reward=f"{__name__}:length",
+                                  sigma="stored", candidates=str(tmp_path/"scored"/"data"),
+                                  **quiet))
+    assert summary["steps"] == 1 and summary["samples"] == 6
     measured = evaluate(EvaluateConfig(
         policies={"vcb": str(tmp_path/"vcb"/"model")}, reference=policy, n=2, max_new_tokens=4,
         prompts=str(files/"talks.jsonl"), candidates=str(tmp_path/"scored"/"data"), n_boot=20,

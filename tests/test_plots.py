@@ -3,13 +3,15 @@ import pytest
 from matplotlib import pyplot as plt
 
 from vcb_nb.losses import LOSSES
+from vcb_nb.online import ONLINE_LOSSES
 from vcb_nb.plots import (METHOD_COLORS, METHOD_LABELS, METHOD_LINESTYLES, METHOD_MARKERS,
                           OTHER_COLOR, base_method, method_color, method_label, method_style,
                           use_style)
 
 
 def test_every_method_has_every_mark():
-    assert {*LOSSES, "sft", "ppo", "exact", "optimum"} == METHOD_COLORS.keys()
+    known = {*LOSSES, *ONLINE_LOSSES, "vcb_online", "sft", "exact", "optimum"}
+    assert known == METHOD_COLORS.keys()
     for marks in (METHOD_MARKERS, METHOD_LINESTYLES, METHOD_LABELS):
         assert marks.keys() == METHOD_COLORS.keys()
     for marks in (METHOD_COLORS, METHOD_MARKERS, METHOD_LINESTYLES):

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .artifacts import InputError, did_you_mean, reason
+from .models import copy_model
 
 # %% ../nbs/foundations/10_adapters.ipynb #7d558058
 def check_lora(peft_config:"dict | None")->None:
@@ -112,3 +113,17 @@ def fresh_adapter(model, peft_config:dict|None):
     if peft_config is None: return model
     if hasattr(model, "merge_and_unload"): model = merge_adapter(model)
     return add_lora(model, peft_config)
+
+# %% ../nbs/foundations/10_adapters.ipynb #c661a9b1
+def live_reference(model, # the policy at step 0, LoRA adapter included
+                   reference=None, # a frozen reference model of the caller
+                  ): # a frozen model, or None: the policy with its adapter off
+    "What a policy in training is compared with; call it before the first step."
+    if reference is None and hasattr(model, "disable_adapter"):
+        if any(p.any() for name, p in model.named_parameters() if "lora_B" in name):
+            raise InputError("The adapter of this policy is already trained, so switching it off "
+                             "does not give the model that training starts from. Merge it first, "
+                             "or pass a reference model.")
+        return None
+    reference = copy_model(model) if reference is None else reference
+    return reference.eval().requires_grad_(False)

@@ -543,8 +543,38 @@ def _evaluate_work(config, peek)->list:
                       *_readings(config, config.gold, policy, drawn, peek)]
     return found
 
+def _online_work(config, peek)->list:
+    "Fresh samples of blocks of prompts, read by reward and reference, and the passes over them."
+    rows = load_prompts(peek.place(config.prompts))
+    if config.limit: rows = rows.select(range(min(config.limit, len(rows))))
+    found = token_lengths(peek.tokenizer(config.model), rows, (), config, config.max_prompt_length)
+    block = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    updates = config.iterations * config.num_mini_batches
+    blocks = (config.max_steps / updates if config.max_steps > 0
+              else config.num_train_epochs * (len(rows) // block))
+    lengths = found.prompt, config.n, _expected(config, peek), (found.longest[0],
+                                                               config.max_new_tokens)
+    drawn = Work("sample", block * blocks, *lengths, batch=config.batch_size,
+                 dtype=config.dtype or "float32")
+    trained = Work("train", block * blocks, *lengths, **{**_how(config), "max_steps": -1,
+                                                         "passes": config.iterations})
+    policy = peek.config(config.model)
+    judge = None if is_function(config.reward) else peek.config(config.reward)
+    read, value = replace(drawn, kind="read", batch=1), replace(trained, head=False)
+    return [(policy, drawn), (policy, replace(read, passes=2)), # by the policy and the reference
+            *[(judge, replace(read, head=False))] * bool(judge),
+            (policy, trained), *[(judge or policy, value)] * (config.loss == "ppo")]
+
+def _together(found:list, needs:list)->list: # one: part → bytes
+    "The memory of online training: what it trains, and the weights of what it only reads with."
+    trained = [need for need, (_, work) in zip(needs, found) if work.kind == "train"]
+    frozen = sum(need["weights"] for need, (_, work) in zip(needs, found) if work.kind == "read")
+    peak = frozen + sum(need["peak"] for need in trained)
+    return [{**trained[0], "peak": max(peak, needs[0]["peak"] + frozen)}]
+
 WORK = {"pretrain": _sft_work, "sft": _sft_work, "reward": _reward_work, "sample": _sample_work,
-        "score": _score_work, "calibrate": _calibrate_work, "evaluate": _evaluate_work}
+        "score": _score_work, "calibrate": _calibrate_work, "online": _online_work,
+        "evaluate": _evaluate_work}
 
 # %% ../nbs/runs/07_budget.ipynb #3a0a78b5
 def _smaller(work:Work)->list: # of (settings in words, changed work)
@@ -618,6 +648,7 @@ def _line(job, found:list, disk:float, device:Device)->Line:
     needs = [work_memory(config, work, device.count, block) for config, work in found]
     if job.stage.name == "score": # reward model and reference are there together
         needs = [{k: sum(need[k] for need in needs) for k in ("weights", "peak")}]
+    if job.stage.name == "online": needs = _together(found, needs)
     short = [] if job.stage.name == "score" and needs[0]["peak"] <= device.usable else [
         remedy(config, work, device) for config, work in found]
     return Line(job.name, max(s.weights for s, _ in shapes), sum(w.tokens for _, w in shapes),
@@ -631,8 +662,8 @@ def _disk(job, found:list, before:list)->float:
     "Bytes that a job leaves: models as its own check foresees, of samples ten bytes per token."
     ahead = Outlook([(other.folder, other.config) for other in before])
     if job.stage.foresee: load_object(job.stage.foresee)(job.config, ahead)
-    drawn = sum(10 * w.groups * w.n * w.response for _, w in found if w.kind == "sample")
-    return drawn or ahead.kept
+    if any(work.kind == "train" for _, work in found): return ahead.kept
+    return sum(10 * w.groups * w.n * w.response for _, w in found if w.kind == "sample")
 
 def recipe_budget(jobs:list, # of `plan`
                   device:str="here", # of `find_device`

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import set_seed
-from .adapters import check_lora, fresh_adapter
+from .adapters import check_lora, fresh_adapter, live_reference
 from .artifacts import InputError, did_you_mean
 from .batches import check_dataset
 from .data import (attach_ids, chat_candidates, check_stored_ids, load_candidates,
@@ -25,7 +25,7 @@ from .logprobs import WAYS, checked_logps, lay_out, same_way
 from .losses import (LOSSES, calibration_metrics, preference_loss, reward_resolution,
                            reward_sigma, target_gamma)
 from .measures import TWO_CANDIDATES, pad_ragged, pooled_sigma
-from .models import copy_model, disable_dropout
+from .models import disable_dropout
 from .settings import check_choice, check_least, option
 from .tokenizers import filler_id
 from .training import (EvenTrainer, TrainingDefaults, check_share, check_training,
@@ -393,20 +393,6 @@ class PromptTrainer(EvenTrainer):
 
     def _eval_metrics(self, prediction)->dict:
         return record_metrics(torch.as_tensor(prediction.predictions), self.gamma)
-
-# %% ../nbs/stages/06_calibrate.ipynb #c661a9b1
-def live_reference(model, # the policy at step 0, LoRA adapter included
-                   reference=None, # a frozen reference model of the caller
-                  ): # a frozen model, or None: the policy with its adapter off
-    "The reference of reference='live'."
-    if reference is None and hasattr(model, "disable_adapter"):
-        if any(p.any() for name, p in model.named_parameters() if "lora_B" in name):
-            raise InputError("The adapter of this policy is already trained, so switching it off "
-                             "does not give the model that training starts from. Merge it first, "
-                             "or pass a reference model.")
-        return None
-    reference = copy_model(model) if reference is None else reference
-    return reference.eval().requires_grad_(False)
 
 # %% ../nbs/stages/06_calibrate.ipynb #fe77dd84
 REFERENCE_TOLERANCE = 1e-2 # nats per token; bf16 stays well below, another model does not

@@ -21,6 +21,7 @@ from vcb_nb.figures import run_label
 from vcb_nb.hub import hub_name, is_hub_name, upload
 from vcb_nb.losses import LOSSES
 from vcb_nb.measures import estimate_text
+from vcb_nb.online import ONLINE_LOSSES
 from vcb_nb.pipeline import each_source
 from vcb_nb.settings import is_function
 
@@ -88,6 +89,13 @@ class Facts:
         return self.summary.get("policies", {}).get(self.name)
 
     @property
+    def loss(self): # a `Loss`; None: no loss of candidates
+        return {**ONLINE_LOSSES, **LOSSES}.get(self.manifest["summary"].get("loss"))
+
+    @property
+    def online(self)->bool: return self.manifest["stage"].startswith("online/")
+
+    @property
     def label(self)->str: return run_label(self.name, self.policy)
 
 # %% ../nbs/runs/08_cards.ipynb #62b8f630
@@ -138,7 +146,7 @@ def _loading_part(facts:Facts, repo:str, base:str)->str:
 # %% ../nbs/runs/08_cards.ipynb #564e04a9
 def _reward_of(facts:Facts)->str | None:
     "What gave the rewards, and how far it can be trusted."
-    scored = facts.run/"score"
+    scored = facts.job if facts.online else facts.run/"score"
     given = (read_manifest(scored) or {}).get("sources", {}).get("reward")
     if not given: return None
     made = _writer(scored, given)
@@ -154,7 +162,7 @@ def _reward_of(facts:Facts)->str | None:
 def _training_part(facts:Facts)->str:
     "What the training did, as a table."
     summary, settings = facts.manifest["summary"], dict(facts.manifest["settings"])
-    loss = LOSSES.get(summary.get("loss"))
+    loss = facts.loss
     train = summary.get("data", {}).get("train", {})
     rows = {"began with": _called(facts.base) if facts.base else "random weights",
             "data": ", ".join(dict.fromkeys(map(_called, _data(facts.job)))),
@@ -162,6 +170,7 @@ def _training_part(facts:Facts)->str:
             "loss": loss and f"{loss.title} ({loss.source})",
             **summary.get("loss_params", {}),
             "candidates": train and "{candidates} responses to {prompts} prompts".format(**train),
+            "fresh samples": summary.get("samples") if facts.online else None,
             "steps": summary.get("steps"),
             **{k: v for k, v in settings.items() if k not in ("loss", "loss_params", "seed")},
             "seed": facts.manifest["seed"], "time": f"{facts.manifest['seconds']:.0f} s",
@@ -219,14 +228,16 @@ def _metadata(facts:Facts, base:str | None, license:str | None)->ModelCardData:
 # %% ../nbs/runs/08_cards.ipynb #0062e809
 def _first_part(facts:Facts, base:str)->str:
     "What it is, in two sentences."
-    loss = LOSSES.get(facts.manifest["summary"].get("loss"))
+    loss = facts.loss
     made = " by [vcb-nb](https://github.com/vcb-nb/vcb_nb)."
     if facts.name == "reward": return f"A reward model, trained on preference pairs{made}"
     if not loss: return f"A policy, trained on demonstrations{made}"
     how = ("It learnt from the order of the rewards; their values have no effect."
            if loss.order_based else
            "It learnt from the values of the rewards, and not only from their order.")
-    return f"{base[:1].upper()}{base[1:]}, calibrated with {facts.label}{made} {how}"
+    trained = f"trained on samples of its own with {facts.label}" if facts.online else (
+        f"calibrated with {facts.label}")
+    return f"{base[:1].upper()}{base[1:]}, {trained}{made} {how}"
 
 def _limits_part(facts:Facts, license:str | None)->str:
     said = ["A higher reward is a higher reward and not a better text: whatever the reward "

@@ -19,6 +19,7 @@ METHOD_COLORS = {
     "dpo": "#ca7025", "ipo": "#dda800", "slic": "#437944", "rrhf": "#28d97f", "ppo": "#7b2269",
     "rpo_sq": "#7f5461", "rpo_bwd": "#370066", "distilled_dpo": "#432c0f",
     "infonca": "#525802", "dro": "#cd87eb",
+    "vcb_online": "#5129fa", "grpo": "#ee16b2", "rloo": "#a3dcbe", "rebel": "#c1c6df",
 }
 
 # %% ../nbs/theory/07_plots.ipynb #afa042c6
@@ -27,6 +28,7 @@ METHOD_MARKERS = {
     "vcb": "o", "vcb_lse": "h",
     "dpo": "s", "ipo": "D", "slic": "^", "rrhf": "v", "ppo": "P",
     "rpo_sq": "<", "rpo_bwd": ">", "distilled_dpo": "p", "infonca": "d", "dro": "X",
+    "vcb_online": "8", "grpo": "H", "rloo": "+", "rebel": "1",
 }
 METHOD_LINESTYLES = {
     "optimum": (0, (1, 1)), "exact": (0, (1, 1)), "sft": (0, (1, 3)),
@@ -35,12 +37,15 @@ METHOD_LINESTYLES = {
     "ppo": (0, (6, 2)),
     "rpo_sq": (0, (2, 1)), "rpo_bwd": (0, (4, 3)), "distilled_dpo": (0, (3, 2, 1, 2)),
     "infonca": (0, (1, 2)), "dro": (0, (7, 2, 1, 2)),
+    "vcb_online": (0, (9, 1, 1, 1)), "grpo": (0, (5, 2)), "rloo": (0, (3, 1)),
+    "rebel": (0, (2, 2)),
 }
 METHOD_LABELS = {
     "optimum": "optimum", "exact": "exact", "sft": "SFT", "vcb": "VCB", "vcb_lse": "VCB (LSE)",
     "dpo": "DPO", "ipo": "IPO", "slic": "SLiC", "rrhf": "RRHF", "ppo": "PPO",
     "rpo_sq": "RPO-sq", "rpo_bwd": "RPO-bwd", "distilled_dpo": "distilled DPO",
     "infonca": "InfoNCA", "dro": "DRO",
+    "vcb_online": "VCB on-policy", "grpo": "GRPO", "rloo": "RLOO", "rebel": "REBEL",
 }
 OTHER_COLOR = "#6f6f6f"
 

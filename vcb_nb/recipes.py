@@ -127,7 +127,7 @@ def _hint_of(key:str):
     section, *path = key.split(".")
     if not path: return _TOP.get(section)
     if section not in stage_names(): return None
-    if (section, path[0]) == ("calibrate", "methods"): path = path[2:]
+    if section in ("calibrate", "online") and path[0] == "methods": path = path[2:]
     if not path: return None
     hint = typing.get_type_hints(find_stage(section).config_class).get(path[0])
     for _ in path[1:]: # dict[str, str] → str

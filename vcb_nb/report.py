@@ -263,19 +263,30 @@ def calibration_blocks(summary:dict)->list:
                    "points lie on the dashed line of slope 1/γ.")]
 
 # %% ../nbs/runs/04_report.ipynb #8cd261f5
+ONLINE_CURVES = {"objective/scores": "reward", "objective/kl": "KL, nats per response",
+                 "objective/entropy": "entropy, nats per response",
+                 "completions/mean_length": "length, tokens"}
+
 def training_blocks(run:Path, parts:list)->list:
-    "Loss and R² over the steps of every calibration."
-    logs = {}
+    "What every training logged, over its steps."
+    found = {"calibrate": {}, "online": {}}
     for part in parts:
         path = run/part/"training_log.jsonl"
-        if part.startswith("calibrate/") and path.exists():
-            logs[part.split("/")[1]] = [json.loads(line)
-                                        for line in path.read_text("utf-8").splitlines()]
-    if not logs: return []
-    return [Heading("Training"),
-            Figure("training", figure_bytes(plot_training_curves(logs)),
-                   "Loss and calibration R² during training. Losses of different methods are on "
-                   "different scales.")]
+        section, _, name = part.partition("/")
+        if section in found and path.exists():
+            found[section][name] = [json.loads(line)
+                                    for line in path.read_text("utf-8").splitlines()]
+    blocks = [Heading("Training")] * any(found.values())
+    if found["calibrate"]:
+        blocks.append(Figure("training", figure_bytes(plot_training_curves(found["calibrate"])),
+                             "Loss and calibration R² during training. Losses of different methods "
+                             "are on different scales."))
+    if found["online"]:
+        blocks.append(Figure("online", figure_bytes(plot_training_curves(found["online"],
+                                                                         ONLINE_CURVES)),
+                             "The policies' own samples while they train: reward, KL from SFT, "
+                             "entropy and length."))
+    return blocks
 
 # %% ../nbs/runs/04_report.ipynb #11ec0a67
 def sample_blocks(summary:dict, samples:dict, # policy → list of rows {prompt, completions}

@@ -41,7 +41,7 @@ class Places:
 
 # %% ../nbs/runs/01_stages.ipynb #6b02d15f
 _NAME_A_POLICY = (("sample", "policy"), ("score", "reference"), ("calibrate", "model"),
-                  ("evaluate", "reference"))
+                  ("online", "model"), ("evaluate", "reference"))
 GOLD_REWARD = "vcb_nb.world:gold_reward"
 
 class Inputs(Places):
@@ -67,7 +67,7 @@ class Inputs(Places):
     def reward(self):
         "The reward model of the run, or the reward that its candidates are scored with."
         return (self.made_by("reward") or self.setting("score", "reward")
-                or self.left_by("reward", "model"))
+                or self.setting("online", "reward") or self.left_by("reward", "model"))
 
 # %% ../nbs/runs/01_stages.ipynb #8d24f371
 class Files(Inputs):
@@ -110,8 +110,8 @@ def one_job(stage, at:Files, where:str)->dict: # name → settings
 
 # %% ../nbs/runs/01_stages.ipynb #60c0a002
 def _loss_params()->set:
-    from vcb_nb.losses import LOSSES
-    return {name for loss in LOSSES.values() for name in loss.params}
+    return {name for table in ("losses:LOSSES", "online:ONLINE_LOSSES")
+            for loss in load_object(f"vcb_nb.{table}").values() for name in loss.params}
 
 def _lora_settings()->set:
     return {f.name for f in fields(load_object("peft:LoraConfig"))}
@@ -164,15 +164,16 @@ class Stage:
         return checked
 
 # %% ../nbs/runs/01_stages.ipynb #5aeda428
-def expand_methods(calibrate:dict, # the calibrate section
+def expand_methods(section:dict, # of the recipe
                    where:str="recipe", # file name, for messages
-                  )->dict: # run name → settings of one calibration
+                   name:str="calibrate", # of the section
+                  )->dict: # run name → settings of one training
     "One entry per method and per value of its sweep."
-    stage, key = find_stage("calibrate"), f"{where}: calibrate.methods"
-    if not isinstance(calibrate, dict): stage.check(calibrate, where)
-    shared = {k: v for k, v in calibrate.items() if k != "methods"}
+    stage, key = find_stage(name), f"{where}: {name}.methods"
+    if not isinstance(section, dict): stage.check(section, where)
+    shared = {k: v for k, v in section.items() if k != "methods"}
     shared = stage.check(shared, where, ("methods",))
-    methods = calibrate.get("methods") or {shared.get("loss", "vcb"): {}}
+    methods = section.get("methods") or {shared.get("loss", "vcb"): {}}
     if not isinstance(methods, dict):
         raise InputError(f"{key} must map a name to settings.")
     runs = {}
@@ -204,10 +205,20 @@ def check_folder_name(name:str, key:str, where:str)->None:
                      "or a digit, and leave out slashes.")
 
 def one_job_per_method(stage, at:Files, where:str)->dict:
-    "Calibrations: `calibrate/vcb-gamma1`, …"
-    runs = expand_methods(at.recipe[stage.name] or {}, where)
+    "Trainings: `calibrate/vcb-gamma1`, …"
+    runs = expand_methods(at.recipe[stage.name] or {}, where, stage.name)
+    other = {"calibrate": "online", "online": "calibrate"}[stage.name]
     for name in runs: check_folder_name(name, "the method", where)
+    twice = [name for name in runs if name in trained_runs(at, other, where)]
+    if twice:
+        raise InputError(f"{where}: '{twice[0]}' is a method of calibrate and of online. Give one "
+                         "of them another name: both are compared in one table.")
     return {f"{stage.name}/{name}": settings for name, settings in runs.items()}
+
+def trained_runs(at:Files, section:str, where:str="recipe")->dict: # run name → settings
+    "The runs of a section of methods; none where a recipe has no such section."
+    if not at.has(section): return {}
+    return expand_methods(at.recipe[section] or {}, where, section)
 
 def with_validation(stage, at:Files, where:str)->dict:
     "Candidates of the training prompts, and of held-out ones for the calibration plot."
@@ -220,24 +231,37 @@ def with_validation(stage, at:Files, where:str)->dict:
     return jobs
 
 # %% ../nbs/runs/01_stages.ipynb #6fe079fa
-def _method_of(settings:dict)->dict:
-    "Which line of the frontier a calibration belongs to, and where on it."
+def _method_of(settings:dict, section:str="calibrate")->dict:
+    "Which line of the frontier a training belongs to, and where on it."
     from vcb_nb.losses import LOSSES
-    loss = LOSSES.get(settings["loss"])
+    name, loss = settings["loss"], LOSSES.get(settings["loss"])
+    if section == "online" and loss is None:
+        loss = load_object("vcb_nb.online:ONLINE_LOSSES").get(name)
     if loss is None: return {} # its own job says so
     value = (settings.get("loss_params") or {}).get(loss.strength, loss.params.get(loss.strength))
-    return {"method": settings["loss"], "strength": loss.strength, "value": value}
+    # A loss of candidates is another method on fresh ones.
+    fresh = "_online" if section == "online" and name in LOSSES else ""
+    return {"method": name + fresh, "strength": loss.strength, "value": value}
 
 def _evaluation(at:Files)->dict:
-    runs = expand_methods(at.recipe["calibrate"] or {}) if at.has("calibrate") else {}
-    policies = {name: str(at.run/"calibrate"/name/"model") for name in runs}
+    runs = {name: (section, settings) for section in ("calibrate", "online")
+            for name, settings in trained_runs(at, section).items()}
+    policies = {name: str(at.run/section/name/"model") for name, (section, _) in runs.items()}
     given = at.setting("evaluate", "policies") or policies
     return dict(policies=policies,
-                methods={name: _method_of(s) for name, s in runs.items() if name in given},
+                methods={name: _method_of(settings, section)
+                         for name, (section, settings) in runs.items() if name in given},
                 reference=at.policy, gold=at.gold,
                 reward=None if at.reward == GOLD_REWARD else at.reward,
                 candidates=at.held_out, prompts=at.prepared("prompts_test.jsonl"),
                 ood_prompts=at.ood_prompts)
+
+def _online_inputs(at:Files)->dict:
+    "SFT samples give σ(x) only where a method asks for it."
+    runs = trained_runs(at, "online").values()
+    stored = any(settings.get("sigma") == "stored" for settings in runs)
+    return dict(model=at.policy, prompts=at.prepared("prompts.jsonl"), reward=at.reward or at.gold,
+                candidates=at.candidates("score") if stored else None)
 
 def _judging(at:Files)->dict:
     "The evaluation's samples. Answers lie beside the stages: they outlast one that is redone."
@@ -282,6 +306,9 @@ STAGES = (
           lambda at: dict(model=at.policy, candidates=at.candidates("score"),
                           eval_candidates=at.to_choose_by),
           one_job_per_method, foresee="vcb_nb.calibrate:check_calibrate"),
+    Stage("online", "vcb_nb.online:online", "vcb_nb.online:OnlineConfig",
+          "Train a policy on its own samples: PPO, GRPO, RLOO, REBEL, or any loss of candidates.",
+          _online_inputs, one_job_per_method, foresee="vcb_nb.online:check_online"),
     Stage("evaluate", "vcb_nb.evaluate:evaluate", "vcb_nb.evaluate:EvaluateConfig",
           "Compare policies: rewards, KL, win rates, calibration.", _evaluation,
           foresee="vcb_nb.evaluate:check_evaluate"),

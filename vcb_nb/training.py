@@ -237,7 +237,8 @@ def held_out_split(dataset, # a `datasets.Dataset`
 
 # %% ../nbs/foundations/22_training.ipynb #a927e402
 SHOWN = {"loss": "loss", "eval_loss": "held-out", "eval_accuracy": "accuracy",
-         "calibration/r2": "r2", "eval_calibration/r2": "held-out r2"}
+         "calibration/r2": "r2", "eval_calibration/r2": "held-out r2",
+         "objective/scores": "reward", "objective/kl": "KL"}
 
 class MetricsProgress(TrainerCallback):
     "One bar for the whole training: steps, time left, last loss and R². A loss of NaN stops it."
