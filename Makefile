@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo real test test-matrix test-real test-vllm test-faults mutants export outputs docs site-preview clean
+.PHONY: demo real test test-matrix test-real test-vllm test-study test-faults mutants export outputs docs site-preview clean
 
 demo: $(READY)  ## the whole pipeline on the embedded world, ending in a report
 	@$(BIN)/vcb run demo
@@ -29,6 +29,10 @@ test-matrix: $(READY)  ## every architecture of nbs/models.qmd through the stage
 test-vllm: ## the sampling backend vLLM for real, on a CPU, in an environment of its own (ten minutes)
 	$(PYTHON) tools/vllm_env.py .venv-vllm
 	.venv-vllm/bin/python -m pytest -p no:cacheprovider tests/test_vllm.py
+
+test-study: $(READY)  ## a study killed in every way, and the notebook of studies (ten minutes)
+	VCB_STUDY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_study.py \
+		tests/test_notebooks.py -k "study"
 
 test-faults: $(READY)  ## kill every stage twenty times and compare with an undisturbed run
 	$(BIN)/python tests/faults.py 20

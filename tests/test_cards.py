@@ -28,6 +28,13 @@ calibrate:
   max_steps: 2
   per_device_train_batch_size: 2
   learning_rate: 0.01
+online:
+  prompts: "ann/questions#train"
+  methods: {grpo: {}}
+  n: 3
+  max_new_tokens: 4
+  max_steps: 1
+  per_device_train_batch_size: 2
 evaluate: {prompts: test.jsonl, reward: "rewards.py:sevens", n: 2, max_new_tokens: 4, n_boot: 50}
 report: {}
 """
@@ -122,10 +129,18 @@ def test_a_card_tells_order_from_value(work):
     assert "their values have no effect" in str(model_card(calibrated(work, name="dpo")))
 
 
+def test_a_card_tells_stored_from_fresh_samples(work):
+    text = str(model_card(work/"runs"/"own"/"online"/"grpo"/"model"))
+    assert "trained on samples of its own with GRPO" in text and "| fresh samples | 6 |" in text
+    assert "the function `rewards.py:sevens`" in text and "`ann/questions#train`" in text
+    assert "fresh samples" not in str(model_card(calibrated(work)))
+
+
 def test_the_report_leaves_a_card_for_every_model(work):
     cards = work/"runs"/"own"/"report"/"cards"
     assert {p.stem for p in cards.iterdir()} == {
-        f"calibrate-{name}{kind}" for name in ("vcb", "dpo") for kind in ("", "-adapter")}
+        f"calibrate-{name}{kind}" for name in ("vcb", "dpo") for kind in ("", "-adapter")} | {
+        "online-grpo"}
     assert not any(str(work) in p.read_text() for p in cards.iterdir())
 
 

@@ -14,6 +14,8 @@ from vcb_nb.study import (Question, cells_of, decisions_of, decisions_text, load
                           record_study, shipped_studies, study_plan)
 
 ROOT = Path(__file__).parent.parent
+long_study = pytest.mark.skipif(not os.environ.get("VCB_STUDY"),
+                                reason="minutes of killed studies: make test-study")
 TOY = {"base": str(ROOT/"tests"/"tiny.yaml"), "seeds": 2,
        "recipe": {"data.world": dict(demonstrations=120, pairs=60, pairs_test=20, prompts=12,
                                      validation=6, test=8, ood=4),
@@ -428,7 +430,7 @@ def children(process):
     return [int(pid) for path in listed for pid in path.read_text().split()]
 
 
-@pytest.mark.slow
+@long_study
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_killed_cells_and_a_killed_study_resume_to_the_same_table(whole, tmp_path):
     """SIGKILL of a cell in SFT, which the other cell waits for and takes over; of the study in a
@@ -452,7 +454,7 @@ def test_killed_cells_and_a_killed_study_resume_to_the_same_table(whole, tmp_pat
     assert not list(out.rglob("pending.json")) and not list(out.rglob("*.partial"))
 
 
-@pytest.mark.slow
+@long_study
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_a_stopped_study_ends_its_cells_and_is_finished_piece_by_piece(whole, copy):
     """SIGTERM: every cell ends, the status is 143, the command that resumes is said. Then one cell
@@ -481,7 +483,7 @@ def test_a_stopped_study_ends_its_cells_and_is_finished_piece_by_piece(whole, co
     assert (stamps(out), decided(out)) == before and first.done and second.done
 
 
-@pytest.mark.slow
+@long_study
 def test_a_cell_that_fails_is_named_and_the_others_go_on(copy):
     "A learning rate that ends in NaN: its cell fails in one sentence, the others are kept."
     factors = {"calibrate.learning_rate": [1e-3, 5e-3, 1e30]}
