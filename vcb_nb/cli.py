@@ -371,7 +371,8 @@ def _run_stage(name:str, args:list)->None:
     if own.help or getattr(own, "help_all", False):
         return print(stage_parser(stage, not own.help).format_help())
     if len(own.words) > 1:
-        tool = did_you_mean(own.words[0], TOOLS) if name == "data" else ""
+        tools = [tool.split()[1] for tool in TOOLS if tool.startswith("data ")]
+        tool = did_you_mean(own.words[0], tools) if name == "data" else ""
         raise InputError(f"vcb {name} takes one recipe, or none. {tool}".strip())
     with _trust(own):
         if own.words: return _stage_of_recipe(stage, own.words[0], settings, own.redo)
