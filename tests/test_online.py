@@ -424,7 +424,7 @@ def assert_same(ours, theirs, rtol=1e-6, atol=1e-7):
 
 
 def test_it_learns(base, folder):
-    "The KL leaves 0, and the expected reward, a sum over all strings, rises. PPO's is tested below."
+    "The KL leaves 0, and the expected reward, a sum over all strings, rises; PPO's: see below."
     scores = torch.tensor(reward(STRINGS.tokens())).double()
     with torch.no_grad():
         start = string_logps(load_policy(folder/"model", "float64"), STRINGS, [1, 2])
