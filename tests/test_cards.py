@@ -245,7 +245,7 @@ def test_a_plan_says_what_a_name_stands_for(work, server):
     done = call(server, work, "-m", "vcb_nb", "run", "own.yaml", "--plan", "--output_dir", "new",
                 f"--sample.prompts=ann/questions@{hub.COMMIT}#train")
     lines = done.stdout.partition("On the Hub:\n")[2].splitlines()
-    assert f"  ann/tiny: now {hub.COMMIT[:12]}; write ann/tiny@{hub.COMMIT} to keep it" in lines
+    assert f"  ann/tiny: now {hub.COMMIT[:12]}; write ann/tiny@{hub.COMMIT} to pin it" in lines
     assert f"  ann/questions@{hub.COMMIT}#train: {hub.COMMIT[:12]}" in lines
     offline = call(server, work, "-m", "vcb_nb", "run", "own.yaml", "--plan", HF_HUB_OFFLINE="1",
                    HF_DATASETS_OFFLINE="1")

@@ -11,6 +11,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
+from tiny_models import make_tokenizer, tiny
 from vcb_nb import online as stage
 from vcb_nb.artifacts import InputError, write_jsonl
 from vcb_nb.loading import load_policy, load_tokenizer, new_reward_model
@@ -432,6 +433,23 @@ def test_it_learns(base, folder):
         kl = base(name)["objective/kl"]
         assert kl[0].abs() < 1e-9 and kl[-1] > 1e-3
         if name != "ppo": assert base(name)["end"].exp() @ scores > start.exp() @ scores, name
+
+
+@pytest.mark.parametrize("name", ["vcb", "ppo"])
+def test_a_stock_model_without_padding(tmp_path, name):
+    "Trained on somebody's n-best list: the tokenizer gains no token that the policy lacks."
+    tokenizer = make_tokenizer()
+    save_model(tiny(tokenizer), tokenizer, tmp_path/"model")
+    answers = [{"response": " a", "overall_score": 1.}, {"response": " b", "overall_score": 2.}]
+    write_jsonl(tmp_path/"list.jsonl", [{"instruction": f"Why {i}?", "completions": answers}
+                                        for i in range(4)])
+    stage.online(OnlineConfig(
+        str(tmp_path/"out"), model=str(tmp_path/"model"), prompts=str(tmp_path/"list.jsonl"),
+        reward=JUDGE.replace(":reward", ":shortest"), loss=name, n=3, max_steps=1,
+        per_device_train_batch_size=2, **QUIET))
+    left = load_tokenizer(tmp_path/"out"/"model")
+    assert tokenizer.pad_token is None and len(left) == len(tokenizer)
+    assert len(left) <= load_policy(tmp_path/"out"/"model").config.vocab_size
 
 
 class Killed(Exception): "What stands for a kill."

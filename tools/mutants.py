@@ -638,6 +638,8 @@ MUTANTS = [Mutant(*row) for row in [
     ("a base leads back for ever", "recipes",
      "if base.resolve() in (path.resolve(), *above):", "if base.resolve() == path.resolve():",
      "test_recipes.py -k base_that"),
+    ("PPO's value model gives the policy's tokenizer a token", "ppo",
+     "own = copy.deepcopy(tokenizer)", "own = tokenizer", "test_online.py -k stock"),
     ("a card swaps before and after", "cards",
      '_estimate(first.get(key)), _estimate(found[key])',
      '_estimate(found[key]), _estimate(first.get(key))',

@@ -164,7 +164,7 @@ def _training_part(facts:Facts)->str:
     summary, settings = facts.manifest["summary"], dict(facts.manifest["settings"])
     loss = facts.loss
     train = summary.get("data", {}).get("train", {})
-    rows = {"began with": _called(facts.base) if facts.base else "random weights",
+    rows = {"started from": _called(facts.base) if facts.base else "random weights",
             "data": ", ".join(dict.fromkeys(map(_called, _data(facts.job)))),
             "reward": _reward_of(facts) if loss else None,
             "loss": loss and f"{loss.title} ({loss.source})",
@@ -189,7 +189,7 @@ RESULTS = {"gold": "gold reward", "reward": "reward", "kl": "KL from the referen
 def _results_part(facts:Facts)->str:
     "The policy beside the one that it began as, on the evaluation's prompts."
     if not facts.policy: return ""
-    before, parts = facts.summary["policies"].get("sft"), ["## What came out"]
+    before, parts = facts.summary["policies"].get("sft"), ["## Results"]
     for split, found in facts.policy["splits"].items():
         first = before["splits"][split] if before else {}
         rows = [(label, _estimate(first.get(key)), _estimate(found[key]))
@@ -231,6 +231,7 @@ def _first_part(facts:Facts, base:str)->str:
     loss = facts.loss
     made = " by [vcb-nb](https://github.com/vcb-nb/vcb_nb)."
     if facts.name == "reward": return f"A reward model, trained on preference pairs{made}"
+    if facts.name == "pretrain": return f"A language model, trained on plain text{made}"
     if not loss: return f"A policy, trained on demonstrations{made}"
     how = ("It learnt from the order of the rewards; their values have no effect."
            if loss.order_based else
@@ -240,12 +241,12 @@ def _first_part(facts:Facts, base:str)->str:
     return f"{base[:1].upper()}{base[1:]}, {trained}{made} {how}"
 
 def _limits_part(facts:Facts, license:str | None)->str:
-    said = ["A higher reward is a higher reward and not a better text: whatever the reward "
-            "overlooks or prefers by mistake, the model has learnt as well."]
+    said = ["A higher reward does not mean a better text: the model has also learnt what the "
+            "reward overlooks or prefers by mistake."]
     if not facts.policy: said.insert(0, "This model has not been evaluated.")
     if not license: said.append("No licence is named here. Those of the base model and of the data "
                                 "apply.")
-    return "## What to keep in mind\n\n" + " ".join(said)
+    return "## Limitations\n\n" + " ".join(said)
 
 # %% ../nbs/runs/08_cards.ipynb #e36d4db1
 def model_card(folder, # `model` or `adapter` of a finished stage

@@ -299,7 +299,7 @@ def _show_commits(jobs:list)->None:
     if found: print("\nOn the Hub:")
     for source, commit in found.items():
         said = (commit[:12] if commit and commit in source else
-                f"now {commit[:12]}; write {pinned(source, commit)} to keep it" if commit else
+                f"now {commit[:12]}; write {pinned(source, commit)} to pin it" if commit else
                 "its commit could not be looked up")
         print(f"  {source}: {said}")
 

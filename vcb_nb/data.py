@@ -30,6 +30,7 @@ from .chat import (as_turns, chat_demonstration, chat_pair, chat_prompt_ids,
                          chat_response_ids, check_chat, context, end_of_turn, first_answer,
                          is_blank, is_messages, message_fault, prompt_key, prompt_text,
                          storable, turn, turn_ends)
+from .hub import HUB_NAME
 from .layouts import Layout, find_layout, nearest_layout, shape
 from .losses import reward_resolution
 from .shards import refuse_altered
@@ -456,16 +457,14 @@ def _cached(name):
                          f"cannot be written ({e.strerror}: {e.filename}). Set HF_DATASETS_CACHE "
                          "to a folder that can be.") from None
 
-_HUB_NAME = r"([\w.-]+(?:/[\w.-]+)*)(?:@([\w./-]+))?(?::([\w.-]+))?"
-
 def _from_hub(name, split, part=_ALL):
     "A dataset on the Hub, named `owner/name[/folder][@revision][:config]`; a part is streamed."
-    if _kind(name) or not re.fullmatch(_HUB_NAME, name):
+    if _kind(name) or not re.fullmatch(HUB_NAME, name):
         folder = Path(name).parent
         beside = [p.name for p in folder.iterdir()] if folder.is_dir() else []
         hint = did_you_mean(Path(name).name, beside) if beside else "Correct the path."
         raise InputError(f"{name} does not exist. {hint}")
-    path, revision, config = re.fullmatch(_HUB_NAME, name).groups()
+    path, revision, config = re.fullmatch(HUB_NAME, name).groups()
     first, _, split = split.rpartition("/") # `name#config/split`, as for folders
     owner, folder = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
     settings = dict(split=split or "train", data_dir=folder or None, revision=revision)

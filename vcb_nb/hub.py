@@ -19,19 +19,21 @@ from vcb_nb.artifacts import InputError, reason
 from vcb_nb.settings import is_function
 
 # %% ../nbs/foundations/26_hub.ipynb #89a5bbb0
-_NAME = r"([\w.-]+/[\w.-]+)(?:/[\w.-]+)*(?:@([\w./-]+))?(?::[\w.-]+)?(?:#.*)?"
+HUB_NAME = r"([\w.-]+(?:/[\w.-]+)*)(?:@([\w./-]+))?(?::([\w.-]+))?" # path, revision, config
 _FILES = r".*\.(jsonl?|parquet|arrow|feather|csv|tsv|txt|ya?ml|py|gz|bz2|xz|zst)"
 
 def is_hub_name(source:str)->bool:
     "Is it a name on the Hub, by its form, rather than something on this machine or a function?"
     here = source.partition("#")[0]
-    return bool(re.fullmatch(_NAME, source) and not source.startswith((".", "/"))
+    found = re.fullmatch(HUB_NAME, here)
+    return bool(found and "/" in found[1] and not source.startswith((".", "/"))
                 and not re.fullmatch(_FILES, here) and not Path(here).expanduser().exists()
                 and not is_function(source))
 
 def hub_name(source:str)->tuple: # (owner/name, revision or None)
     "The repository in a name on the Hub, and its revision."
-    return re.fullmatch(_NAME, source).groups()
+    path, revision, _ = re.fullmatch(HUB_NAME, source.partition("#")[0]).groups()
+    return "/".join(path.split("/")[:2]), revision
 
 def pinned(source:str, commit:str)->str:
     "The same name, with a commit as its revision."

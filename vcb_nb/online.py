@@ -450,7 +450,7 @@ class RolloutTrainer(ResumingTrainer):
                     f"mean {name}": pair for name, pair in self.means.sums.items()}
 
     def take_kept(self, kept:dict)->None:
-        "Go on from what a checkpoint holds."
+        "Restore what a checkpoint holds."
         numbers = sorted({int(k.partition(".")[0]) for k in kept if k.endswith(".ids")})
         self.rollouts = [read_rollout(kept, str(i), self.args.device) for i in numbers]
         self.means.sums = {k.removeprefix("mean "): v for k, v in kept.items()

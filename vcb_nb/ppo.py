@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/stages/ppo.html.md"""
 __all__ = []
 
 # %% ../nbs/stages/11_ppo.ipynb #f04222a3
-import math
+import copy, math
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
@@ -156,6 +156,7 @@ def load_value_model(source, # folder of a reward model; None: the policy's trun
     "The value model at its start."
     if source: model = load_reward_model(source, **loading)
     else:
-        model = new_reward_model(policy, tokenizer, seed, **loading)
+        own = copy.deepcopy(tokenizer) # a reward model's gains a padding token, the policy's none
+        model = new_reward_model(policy, own, seed, **loading)
         nn.init.zeros_(model.score.weight)
     return ValueModel(add_lora(model, peft_config))
