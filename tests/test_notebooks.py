@@ -3,7 +3,7 @@
 The lessons' shared run is made once, by the first notebook that needs it, and copied into the
 folder of the others: what is tested is the notebook, not the making of the same small models
 again. Lessons and foundations are in test_lessons: two halves, for two workers."""
-import os, shutil
+import os, re, shutil
 
 import nbformat, pytest
 from notebooks import NOTEBOOKS, ROOT, run, wheel
@@ -81,3 +81,24 @@ def test_library_is_what_the_notebooks_export(tmp_path):
 def test_readme_is_the_index():
     from tools.readme import readme
     assert (ROOT/"README.md").read_text("utf-8") == readme(), "run make export"
+
+
+QUARTO = re.compile(r"(?<![\w.])@(?:eq|fig|tbl|sec)-|\[-?@[a-z]|:::|\{[#.][a-z]|\{\{<|\$\$", re.I)
+OPTIONS = re.compile(r"^#\|(?! *(?:default_exp|exporti?s?|hide|eval)\b).*", re.M)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_reads_in_jupyter(path):
+    """Nothing that only Quarto understands stands in the text that Jupyter renders or in the code;
+    folds are closed in their cell, and pictures have an alternative text."""
+    from bs4 import BeautifulSoup
+    from nbconvert.filters import markdown2html
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "code": assert not OPTIONS.findall(cell.source), path
+        if cell.cell_type != "markdown": continue
+        assert cell.source.count("<details>") == cell.source.count("</details>"), cell.source
+        page = BeautifulSoup(markdown2html(re.sub(r"\$\$.*?\$\$", "", cell.source, flags=re.S)),
+                             "html.parser")
+        for code in page.select("pre, code"): code.decompose()
+        assert not QUARTO.findall(page.text), cell.source
+        assert all(image.get("alt") for image in page.select("img")), cell.source

@@ -1,6 +1,10 @@
-"""How the site shows exported code: public names by nbdev's own API entries, internal ones by their
-source, as in the notebook. nbdev's `rm_export` would hide both; pyproject.toml puts this in its
-place."""
+"""How the site shows code.
+
+Exported code: public names by nbdev's own API entries, internal ones by their source, as in the
+notebook. nbdev's `rm_export` would hide both; pyproject.toml puts `ShowInternals` in its place.
+
+Cells that JupyterLab shows collapsed are folded on the site, by the same metadata: `source_hidden`
+folds code, `outputs_hidden` a whole solution. The tag `remove-input` shows an output alone."""
 import ast
 import re
 
@@ -42,3 +46,29 @@ class ShowInternals(Processor):
     def internals(self, cell):
         if cell.cell_type != "code" or "exporti" not in (cell.directives_ or ()): return []
         return [] if "hide" in cell.directives_ else defined(cell.source)
+
+
+def first_comment(cell):
+    "What the code says of itself, as the name of its fold."
+    line = cell.source.partition("\n")[0]
+    return line.removeprefix("# ") if line.startswith("# ") else "Code"
+
+
+def folded(cell):
+    "The cells that the site shows in this one's place."
+    hidden, tags = cell.metadata.get("jupyter", {}), cell.metadata.get("tags", [])
+    if "remove-input" in tags: cell.source = f"#| echo: false\n{cell.source}"
+    if not hidden.get("source_hidden"): return [cell]
+    if hidden.get("outputs_hidden"):
+        start = f'<details class="fold"><summary>{first_comment(cell)}</summary>'
+        return [mk_cell(start, "markdown"), cell, mk_cell("</details>", "markdown")]
+    cell.source = f'#| code-fold: true\n#| code-summary: "{first_comment(cell)}"\n{cell.source}'
+    return [cell]
+
+
+class FoldHidden(Processor):
+    "Fold on the site what is collapsed in the notebook."
+    def end(self):
+        self.nb.cells = [new for cell in self.nb.cells
+                         for new in (folded(cell) if cell.cell_type == "code" else [cell])]
+        for index, cell in enumerate(self.nb.cells): cell.idx_ = index

@@ -1,8 +1,7 @@
 """Build the pages without Quarto and without a network: `python tools/site_preview.py [FOLDER]`.
 
 nbdev makes the pages' notebooks, as it does for Quarto: API entries with source links, hidden cells
-gone. pandoc, which Quarto is built on, makes HTML of them, and site_preview.lua adds what Quarto
-adds: numbers, references, callouts. `make docs` builds the real site."""
+gone. pandoc, which Quarto is built on, makes HTML of them. `make docs` builds the real site."""
 import html, json, os, re, shutil, subprocess, sys, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,18 +25,17 @@ PREVIEW = ROOT/"tools"/"site_preview"
 PANDOC = pypandoc.get_pandoc_path()
 OPTIONS = ["--from=markdown", "--to=html5", "--standalone", "--mathml", "--columns=9999",
            "--syntax-highlighting=none", "--toc", "--toc-depth=2", f"--template={PREVIEW}.html",
-           f"--lua-filter={PREVIEW}.lua", "--citeproc", "--metadata=link-citations",
-           f"--bibliography={ROOT}/nbs/references.bib"]
+           f"--lua-filter={PREVIEW}.lua"]
 
 
-def output_markdown(output, alt):
+def output_markdown(output):
     "One stored output as Markdown; HTML outputs, such as explorables, pass unchanged."
     data = output.get("data") or {"text/plain": output.get("text", "")}
     data = {kind: "".join(text) for kind, text in data.items()}
     if "text/markdown" in data: return data["text/markdown"]
     if "image/png" in data:
         picture = "".join(data["image/png"].split())
-        data["text/html"] = f'<img src="data:image/png;base64,{picture}" alt="{html.escape(alt)}">'
+        data["text/html"] = f'<img src="data:image/png;base64,{picture}">'
     if "text/html" in data: return f"{FENCE} {{=html}}\n{data['text/html']}\n{FENCE}"
     return f"{FENCE} {{.output}}\n{data['text/plain']}\n{FENCE}"
 
@@ -53,16 +51,14 @@ def code_markdown(code, options):
 
 
 def cell_markdown(cell):
-    "A cell as Quarto hands it to pandoc: code in a fence, an output with a caption as a figure."
+    "A cell as Quarto hands it to pandoc: code in a fence, then its outputs."
     source = "".join(cell["source"])
     if cell["cell_type"] != "code": return source
     lines = source.splitlines()
     options = yaml.safe_load("\n".join(x[2:] for x in lines if x.startswith("#|"))) or {}
     code = "\n".join(line for line in lines if not line.startswith("#|")).strip("\n")
-    made = [output_markdown(output, options.get("fig-alt", "")) for output in cell["outputs"]]
-    label = f"#{options['label']} " if "label" in options else ""
-    if "fig-cap" in options: made = [f"::: {{{label}.figure}}", *made, options["fig-cap"], ":::"]
-    elif made: made = ["::: result", *made, ":::"]
+    made = [*map(output_markdown, cell["outputs"])]
+    if made: made = ["::: result", *made, ":::"]
     return "\n\n".join([code_markdown(code, options), *made])
 
 

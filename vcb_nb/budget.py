@@ -167,7 +167,7 @@ class Work:
 
 # %% ../nbs/runs/07_budget.ipynb #a1eae571
 def forward_flops(shape:Shape, work:Work, shared:bool=True)->dict: # part → FLOP of one group
-    "Operations of a forward pass over a group, @eq-budget-forward."
+    "Operations of a forward pass over a group, equation (1)."
     p, n, own = work.prompt, work.n, work.response - 1 + work.whole
     tokens, pairs = p + n * own, p * (p + 1) / 2 + n * (own * p + own * (own + 1) / 2)
     if not shared: tokens, pairs = n * (p + own), n * (p + own) * (p + own + 1) / 2
@@ -268,7 +268,7 @@ def _head_bytes(shape:Shape, work:Work, block:int)->float:
 def training_memory(shape:Shape, work:Work, kept:float, # of `kept_bytes`
                     count:int=1, # devices over which weights and their states are sharded
                     block:int=GPU_BLOCK, # bytes of a block of logits
-                   )->dict: # part → bytes; 'peak' is less than their sum, @eq-budget-memory
+                   )->dict: # part → bytes; 'peak' is less than their sum, equation (2)
     "Memory of a step on its largest groups."
     tokens, size = work.batch * work.fed(*work.longest), as_dtype(work.dtype).itemsize
     narrow = 4 if work.precision == "fp32" else 2
@@ -298,7 +298,7 @@ def reading_memory(shape:Shape, work:Work)->dict: # part → bytes
     return {**parts, "peak": sum(parts.values())}
 
 def sampling_memory(shape:Shape, work:Work)->dict: # part → bytes
-    "Memory of decoding a batch of prompts, @eq-budget-cache."
+    "Memory of decoding a batch of prompts, equation (3)."
     size, (prompt, response) = as_dtype(work.dtype).itemsize, work.longest
     cache = work.batch * (prompt + work.n * response) * shape.cache * size
     parts = dict(weights=weight_bytes(shape, work), cache=cache,

@@ -26,7 +26,7 @@ def frontier_points(kl, # [..., K] nats from SFT of one method's policies
                  for v in (root, gain))
 
 def _interpolated(x, y, root:float)->np.ndarray: # [...]; NaN where the frontier ends before
-    "The gain at √KL = `root`, @eq-gain-at-kl."
+    "The gain at √KL = `root`, equation (1)."
     right = (x < root).sum(-1, keepdims=True) # the first point that is not below
     reached = right < x.shape[-1]
     right = np.minimum(right, x.shape[-1] - 1)
@@ -40,7 +40,7 @@ def gain_at_kl(kl, # [..., K] nats from SFT of one method's policies
                gain, # [..., K] their reward minus SFT's
                at:float, # nats, above 0
               )->np.ndarray: # [...]; NaN where the frontier ends before
-    "The gain at a KL, interpolated linearly in √KL, @eq-gain-at-kl."
+    "The gain at a KL, interpolated linearly in √KL, equation (1)."
     check_kl(at)
     return _interpolated(*frontier_points(kl, gain), math.sqrt(at))
 
@@ -55,7 +55,7 @@ def frontier_area(kl, # [..., K] nats from SFT of one method's policies
                   gain, # [..., K] their reward minus SFT's
                   upto:float, # nats, above 0
                  )->np.ndarray: # [...] reward × nats; NaN where the frontier ends before
-    "Area below the frontier between 0 and a KL, @eq-area."
+    "Area below the frontier between 0 and a KL, equation (2)."
     check_kl(upto)
     (x, y), root = frontier_points(kl, gain), math.sqrt(upto)
     end = _interpolated(x, y, root)[..., None]
@@ -117,7 +117,7 @@ def contrast(units, # per seed: [P, k], a row of values per prompt
              prompts:str="kept", # 'shared' if all seeds have the same ones; see the bootstrap
              level:float=.95, n_boot:int=4000, seed:int=0,
             )->dict: # value, low, high, se, p, p_equivalent, bound, seeds, missing, why
-    "A statistic's mean over seeds, with interval and tests over seeds and prompts, @eq-interval."
+    "A statistic's mean over seeds, with interval and tests over seeds and prompts, equation (4)."
     units = [np.asarray(rows, float) for rows in units]
     each = np.array([statistic(rows.mean(0, keepdims=True))[0] for rows in units])
     there = [rows for rows, value in zip(units, each) if not np.isnan(value)]

@@ -8,14 +8,14 @@ Docs: https://vcb-nb.github.io/vcb_nb/stages/live.html.md"""
 __all__ = ['LivePlot']
 
 # %% ../nbs/stages/07_live.ipynb #0cd2b35f
-import base64, io, sys, time
+import sys, time
 import torch
 from matplotlib.figure import Figure
 from transformers import TrainerCallback
 from .artifacts import InputError
 from .logprobs import score_logps
 from .losses import reward_sigma, target_gamma
-from .plots import method_color, method_label, method_style
+from .plots import figure_html, method_color, method_label, method_style
 from .training import curve
 
 # %% ../nbs/stages/07_live.ipynb #32566726
@@ -87,12 +87,10 @@ def notebook_display():
     shell = ipython.get_ipython() if ipython else None
     return ipython.display.display if getattr(shell, "kernel", None) else None
 
-def png_bundle(figure:Figure)->dict: # MIME type → data
-    "A figure as Jupyter wants it."
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return {"image/png": base64.b64encode(file.getvalue()).decode("ascii"),
-            "text/plain": "<a calibration run: loss, calibration, watched candidates>"}
+def run_bundle(figure:Figure)->dict: # MIME type → data
+    "The figure of a run as Jupyter wants it, with an alternative text."
+    shown = "A calibration run: loss, calibration R squared, and the watched candidates."
+    return {"text/html": figure_html(figure, shown), "text/plain": f"<{shown}>"}
 
 # %% ../nbs/stages/07_live.ipynb #bc22593d
 class LivePlot(TrainerCallback):
@@ -144,6 +142,6 @@ class LivePlot(TrainerCallback):
     def _show(self):
         display, self.redraws = notebook_display(), self.redraws + 1
         if display is None: return
-        bundle = png_bundle(self.figure)
+        bundle = run_bundle(self.figure)
         if self.handle is None: self.handle = display(bundle, raw=True, display_id=True)
         else: self.handle.update(bundle, raw=True)

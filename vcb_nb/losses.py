@@ -184,7 +184,7 @@ def vcb_loss(
     sigma:Tensor=None, # `[prompts]`; default: the standard deviation of these rewards
     mask:Tensor=None, # `[prompts, n]`, True = candidate present
 ) -> Tensor: # `[prompts]`
-    """Value-based calibration (Mao et al. 2024, arXiv 2402.16030), @eq-vcb.
+    """Value-based calibration (Mao et al. 2024, arXiv 2402.16030), equation (2).
 
     It starts at exactly 2 where the policy is the SFT model, `lam` is 0 and sigma is the rewards'
     own, and it is 0 at the optimum. Estimate `sigma` before subsampling candidates; with two
@@ -222,7 +222,7 @@ def dpo_loss(
     beta:float=.1, # strength of the pull towards the reference
     mask:Tensor=None, # `[prompts, n]`, True = candidate present
 ) -> Tensor: # `[prompts]`
-    "Direct preference optimisation (Rafailov et al. 2023, eq. 7), @eq-dpo; log 2 at the start."
+    "Direct preference optimisation (Rafailov et al. 2023, eq. 7), equation (3); log 2 at the start."
     _positive(beta=beta)
     ratios, mask = _logratios(logps, ref_logps, rewards, mask)
     order = _pair_order(rewards, mask, ratios)
@@ -250,7 +250,7 @@ def ipo_loss(
     lengths:Tensor=None, # `[prompts, n]`, response tokens; needed to normalise
     mask:Tensor=None, # `[prompts, n]`, True = candidate present
 ) -> Tensor: # `[prompts]`
-    "Identity preference optimisation (Azar et al. 2023, eq. 17), @eq-dpo."
+    "Identity preference optimisation (Azar et al. 2023, eq. 17), equation (3)."
     _positive(tau=tau)
     ratios, mask = _logratios(logps, ref_logps, rewards, mask)
     if length_normalize: ratios = ratios / _checked_lengths(lengths, mask, "IPO, normalised,")
@@ -275,7 +275,7 @@ def slic_loss(
     lam_reg:float=.1, # weight of the best candidate's likelihood
     mask:Tensor=None, # `[prompts, n]`, True = candidate present
 ) -> Tensor: # `[prompts]`
-    "Sequence likelihood calibration (Zhao et al. 2023, eq. 1), @eq-slic."
+    "Sequence likelihood calibration (Zhao et al. 2023, eq. 1), equation (4)."
     _positive(delta=delta)
     logps, _, mask = _policy_values(logps, None, rewards, mask)
     order = _pair_order(rewards, mask, logps)
@@ -292,7 +292,7 @@ def rrhf_loss(
     lengths:Tensor=None, # `[prompts, n]`, response tokens; needed
     mask:Tensor=None, # `[prompts, n]`, True = candidate present
 ) -> Tensor: # `[prompts]`
-    "Rank responses to align human feedback (Yuan et al. 2023, eqs. 2 to 4), @eq-rrhf."
+    "Rank responses to align human feedback (Yuan et al. 2023, eqs. 2 to 4), equation (5)."
     _positive(rank_weight=rank_weight)
     logps, _, mask = _policy_values(logps, None, rewards, mask)
     per_token = logps / _checked_lengths(lengths, mask, "RRHF")
@@ -318,7 +318,7 @@ def rpo_sq_loss(
     sigma:Tensor=None, # `[prompts]`; where given, rewards are divided by it
     mask:Tensor=None, # `[prompts, n]`, True = candidate present
 ) -> Tensor: # `[prompts]`
-    "Reward-aware preference optimisation, squared distance (Nemotron-4 340B 2024), @eq-relatives."
+    "Reward-aware preference optimisation, squared distance (Nemotron-4 340B 2024), equation (6)."
     _positive(beta=beta, eta=eta)
     ratios, r, mask, signal = _value_inputs(logps, ref_logps, rewards, mask, sigma)
     return _with_signal(2 * _variance(beta * ratios - eta * r, mask), signal)
@@ -333,7 +333,7 @@ def rpo_bwd_loss(
     sigma:Tensor=None, # `[prompts]`; where given, rewards are divided by it
     mask:Tensor=None, # `[prompts, n]`, True = candidate present
 ) -> Tensor: # `[prompts]`
-    "Reward-aware preference optimisation, backward KL (Nemotron-4 340B 2024), @eq-relatives."
+    "Reward-aware preference optimisation, backward KL (Nemotron-4 340B 2024), equation (6)."
     _positive(beta=beta, eta=eta)
     ratios, r, mask, signal = _value_inputs(logps, ref_logps, rewards, mask, sigma)
     asked, got = eta * _pair_differences(r), beta * _pair_differences(ratios)
@@ -350,7 +350,7 @@ def distilled_dpo_loss(
     sigma:Tensor=None, # `[prompts]`; where given, rewards are divided by it
     mask:Tensor=None, # `[prompts, n]`, True = candidate present
 ) -> Tensor: # `[prompts]`
-    "Reward model distillation (Fisch et al. 2024), @eq-relatives: RPO-sq with eta = 1."
+    "Reward model distillation (Fisch et al. 2024), equation (6): RPO-sq with eta = 1."
     return rpo_sq_loss(logps, ref_logps, rewards, beta=beta, eta=1., sigma=sigma, mask=mask)
 
 # %% ../nbs/theory/06_losses.ipynb #2ab1eaee
@@ -364,7 +364,7 @@ def infonca_loss(
     sigma:Tensor=None, # `[prompts]`; where given, rewards are divided by it
     mask:Tensor=None, # `[prompts, n]`, True = candidate present
 ) -> Tensor: # `[prompts]`
-    "InfoNCA (Chen et al. 2024), @eq-relatives: cross-entropy of two softmaxes over candidates."
+    "InfoNCA (Chen et al. 2024), equation (6): cross-entropy of two softmaxes over candidates."
     _positive(beta=beta, alpha=alpha)
     ratios, r, mask, signal = _value_inputs(logps, ref_logps, rewards, mask, sigma)
     # The smallest float instead of -inf: a prompt without candidates must not give NaN.
@@ -383,7 +383,7 @@ def dro_loss(
     sigma:Tensor=None, # `[prompts]`; where given, rewards are divided by it
     mask:Tensor=None, # `[prompts, n]`, True = candidate present
 ) -> Tensor: # `[prompts]`
-    """Direct reward optimisation (Richemond et al. 2024, without its factor 1/2), @eq-relatives.
+    """Direct reward optimisation (Richemond et al. 2024, without its factor 1/2), equation (6).
 
     With a `value`, which is on the scale of r (of r/sigma where sigma is given), single candidates
     and equal rewards carry a signal as well."""

@@ -174,7 +174,7 @@ def pad_ragged(rows, # [prompts] rows of numbers, each as long as it likes
 def pooled_sigma(sigma:Tensor, # [prompts]
                  counts:Tensor, # [prompts] number of rewards behind each σ
                 )->float:
-    "One σ for a data set: variances averaged by their degrees of freedom, @eq-pooled."
+    "One σ for a data set: variances averaged by their degrees of freedom, equation (2)."
     freedom = (counts - 1).clamp(min=0).double()
     return math.sqrt((freedom * sigma.double()**2).sum().item() / max(freedom.sum().item(), 1))
 

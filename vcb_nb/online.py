@@ -60,7 +60,7 @@ def grpo_loss(logps:Tensor, # [prompts, n, T] nats, policy; differentiable
               epsilon:float=.2, # how far a ratio may move and still be pushed
               mask:Tensor, # [prompts, n, T] bool, True at a token
              )->Tensor: # [prompts]
-    "Group relative policy optimisation (Shao et al. 2024), @eq-grpo, tokens added up."
+    "Group relative policy optimisation (Shao et al. 2024), equation (1), tokens added up."
     _check_least(beta, epsilon=epsilon)
     advantages = group_advantages(rewards).to(logps)[..., None]
     push, _ = clipped_surrogate(logps, old_logps, advantages, epsilon)
@@ -91,7 +91,7 @@ def rloo_loss(logps:Tensor, # [prompts, n, T] nats, policy; differentiable
               epsilon:float=.2, # how far a ratio may move and still be pushed
               mask:Tensor, # [prompts, n, T] bool, True at a token
              )->Tensor: # [prompts]
-    "REINFORCE with the mean of the others as baseline (Ahmadian et al. 2024), @eq-rloo."
+    "REINFORCE with the mean of the others as baseline (Ahmadian et al. 2024), equation (2)."
     _check_least(beta, epsilon=epsilon)
     scores = penalised_rewards(old_logps, ref_logps, rewards, mask, beta)
     n = scores.shape[1]
@@ -107,7 +107,7 @@ def rebel_loss(logps:Tensor, # [prompts, n, T] nats, policy; differentiable
                eta:float=1., # nats per unit of reward and batch of samples
                mask:Tensor, # [prompts, n, T] bool, True at a token
               )->Tensor: # [prompts]
-    "Regression to relative rewards (Gao et al. 2024), @eq-rebel."
+    "Regression to relative rewards (Gao et al. 2024), equation (3)."
     _check_least(beta, eta=eta)
     scores = penalised_rewards(old_logps, ref_logps, rewards, mask, beta)
     residual = _token_sum(logps - old_logps.detach(), mask) - eta * scores

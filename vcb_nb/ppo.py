@@ -37,8 +37,8 @@ def token_rewards(scores:Tensor, # [...] rewards of whole responses
 def generalised_advantages(rewards:Tensor, # [..., T] of `token_rewards`
                            values:Tensor, # [..., T], before each token
                            mask:Tensor, # [..., T] bool, True at a token
-                           discount:float=1., # γ of @eq-gae
-                           lam:float=.95, # λ of @eq-gae
+                           discount:float=1., # γ of equation (2)
+                           lam:float=.95, # λ of equation (2)
                           )->Tensor: # [..., T], 0 past the end
     "Generalised advantage estimation (Schulman et al. 2016), from the last token to the first."
     values = values.masked_fill(~mask, 0.)
@@ -72,7 +72,7 @@ def clipped_surrogate(logps:Tensor, # [..., T] nats, policy; differentiable
                       advantages:Tensor, # [..., T], or [..., 1] for whole responses
                       epsilon:float=.2, # how far a ratio may move and still be pushed
                      )->tuple: # losses [..., T]; bool [..., T]: where the clipped one counts
-    "PPO's policy loss of every token (Schulman et al. 2017, eq. 7), @eq-surrogate."
+    "PPO's policy loss of every token (Schulman et al. 2017, eq. 7), equation (3)."
     ratios = (logps - old_logps.detach()).exp()
     free, held = -advantages * ratios, -advantages * ratios.clamp(1 - epsilon, 1 + epsilon)
     return torch.maximum(free, held), held > free
@@ -95,7 +95,7 @@ def adapted_beta(beta:float, # so far
                  samples:int, # responses that `kl` was measured on
                  horizon:float=10000, # responses over which β changes by up to 20 %
                 )->float:
-    "The next β of the adaptive penalty (Ziegler et al. 2019), @eq-adaptive."
+    "The next β of the adaptive penalty (Ziegler et al. 2019), equation (4)."
     error = min(max(kl / target - 1, -.2), .2)
     return beta * (1 + error * samples / horizon)
 
@@ -104,8 +104,8 @@ def adapted_beta(beta:float, # so far
 class PPOSettings:
     "Hyper-parameters of PPO: the `loss_params` of loss 'ppo'."
     beta: float = .05 # weight of the KL; with `target_kl` that of the first samples
-    discount: float = 1. # γ of @eq-gae
-    lam: float = .95 # λ of @eq-gae
+    discount: float = 1. # γ of equation (2)
+    lam: float = .95 # λ of equation (2)
     epsilon: float = .2 # how far a ratio may move
     value_epsilon: float = .2 # how far a value may move
     value_weight: float = .1 # of the value loss

@@ -38,7 +38,7 @@ def bradley_terry_loss(chosen, # [pairs] rewards of the preferred completions
                        margin=0., # [pairs] or a number: the gap to exceed
                        center_coefficient:float=0., # weight of the squared sum of both rewards
                       )->torch.Tensor: # [pairs], nats
-    "Negative log-likelihood of each comparison, @eq-bt."
+    "Negative log-likelihood of each comparison, equation (1)."
     return -F.logsigmoid(chosen - rejected - margin) + center_coefficient * (chosen + rejected) ** 2
 
 # %% ../nbs/stages/03_reward.ipynb #1a393584

@@ -119,7 +119,7 @@ def fit_length(won, # [pairs] 1, ½ or 0
                gaps, # [pairs] tanh of the scaled difference of lengths
                weights, # [B, pairs] how often each pair counts
                steps:int=50)->np.ndarray: # [B, 2]: α, φ
-    "Newton's method for @eq-length, for all resamples at once."
+    "Newton's method for equation (1), for all resamples at once."
     x, theta = np.stack([np.ones_like(gaps), gaps], 1), np.zeros((len(weights), 2))
     for _ in range(steps):
         p = 1 / (1 + np.exp(-theta @ x.T))
