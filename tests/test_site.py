@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 NBS = ROOT/"nbs"
 NOTEBOOKS = [NBS/"index.ipynb", *sorted(NBS.glob("[!.]*/[!.]*.ipynb"))]
 SOURCES = [*NOTEBOOKS, *sorted(NBS.glob("*.qmd"))]
-FOLDERS = ["theory", "foundations", "stages", "runs", "experiments"]
+FOLDERS = ["theory", "foundations", "stages", "runs"]
+SECTIONS = ["Lessons", "Run your own", "Experiments", "Reference"]
 SILENT = ["pre", "code", "script", "style", "math"]
 LEFT_OVER = re.compile(r"\$\$|(?<![\w.])@(?:eq|fig|tbl|sec)-|\[@|:::|\{#|#\||\\tag\b")
 SOURCE_LINK = re.compile(r"https://github.com/vcb-nb/vcb_nb/blob/main/vcb_nb/losses.py#L\d+")
@@ -30,8 +31,11 @@ def test_the_sidebar_has_every_page_once_in_reading_order():
     entries = list(sidebar_entries(settings["website"]["sidebar"]["contents"]))
     pages = {path.relative_to(NBS).as_posix() for path in SOURCES} - {"404.qmd"}
     assert sorted(entries) == sorted(pages) and entries[0] == "index.ipynb"
-    inside = [entry for entry in entries if "/" in entry]
-    assert inside == sorted(inside, key=lambda entry: (FOLDERS.index(entry.split("/")[0]), entry))
+    sections = [item for item in settings["website"]["sidebar"]["contents"] if "href" not in item]
+    assert [s["section"] for s in sections[1:]] == SECTIONS
+    lessons, *_, reference = (list(sidebar_entries(s["contents"])) for s in sections[1:])
+    assert lessons == sorted(lessons) and all(e.startswith("theory/") for e in lessons)
+    assert reference == sorted(reference, key=lambda e: (FOLDERS.index(e.split("/")[0]), e))
 
 
 def test_source_links_have_their_repository():
@@ -57,7 +61,7 @@ def parsed(page): return pytest.importorskip("bs4").BeautifulSoup(page, "html.pa
 def page_of(path):
     "The page that nbdev makes of a notebook: theory/06_losses.ipynb becomes theory/losses.html."
     relative = path.relative_to(NBS)
-    return relative.with_name(re.sub(r"^\d+_", "", relative.stem) + ".html").as_posix()
+    return relative.with_name(re.sub(r"^\d+[a-z]?_", "", relative.stem) + ".html").as_posix()
 
 
 @pytest.fixture(scope="session")

@@ -92,11 +92,16 @@ def with_titles(contents, sources, here):
             yield {"text": title, "here": item["href"] == here, **item}
 
 
+def pages_of(entries):
+    "The pages of a sidebar in reading order, whatever sections hold them."
+    return [page for e in entries for page in (pages_of(e["contents"]) if "contents" in e else [e])]
+
+
 def around(name, sources):
     "What stands around a page: its sidebar, and the pages before and after in the same order."
     settings = yaml.safe_load((ROOT/"nbs"/"sidebar.yml").read_text("utf-8"))
     entries = [*with_titles(settings["website"]["sidebar"]["contents"], sources, name)]
-    order = [page for entry in entries for page in entry.get("contents", [entry])]
+    order = pages_of(entries)
     place = next((k for k, page in enumerate(order) if page["here"]), len(order) + 1)  # 404
     return {"root": "../" * name.count("/"), "sidebar": entries,
             "previous": order[place - 1:place], "next": order[place + 1:place + 2]}
