@@ -26,7 +26,8 @@ def cell_markdown(cell):
 def readme():
     "The README as text. What is hidden, or moves only on the page, stays out."
     cells = json.loads((ROOT/"nbs"/"index.ipynb").read_text("utf-8"))["cells"]
-    shown = [c for c in cells if not "".join(c["source"]).startswith(("#| hide", "#| echo: false"))]
+    shown = [c for c in cells if not "".join(c["source"]).startswith("#| hide")
+             and "remove-input" not in c["metadata"].get("tags", [])]
     return "\n\n".join(map(cell_markdown, shown)) + "\n"
 
 

@@ -92,6 +92,16 @@ def with_titles(contents, sources, here):
             yield {"text": title, "here": item["href"] == here, **item}
 
 
+def sidebar_html(entries, root):
+    "The sidebar as nested lists of links."
+    def item(e):
+        if "contents" in e:
+            return f'<li class="section">{e["section"]}<ul>{sidebar_html(e["contents"], root)}</ul></li>'
+        here = ' aria-current="page"' if e["here"] else ""
+        return f'<li><a href="{root}{e["href"]}"{here}>{html.escape(e["text"])}</a></li>'
+    return "\n".join(map(item, entries))
+
+
 def pages_of(entries):
     "The pages of a sidebar in reading order, whatever sections hold them."
     return [page for e in entries for page in (pages_of(e["contents"]) if "contents" in e else [e])]
@@ -103,7 +113,8 @@ def around(name, sources):
     entries = [*with_titles(settings["website"]["sidebar"]["contents"], sources, name)]
     order = pages_of(entries)
     place = next((k for k, page in enumerate(order) if page["here"]), len(order) + 1)  # 404
-    return {"root": "../" * name.count("/"), "sidebar": entries,
+    root = "../" * name.count("/")
+    return {"root": root, "sidebar": sidebar_html(entries, root),
             "previous": order[place - 1:place], "next": order[place + 1:place + 2]}
 
 
