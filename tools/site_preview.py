@@ -96,7 +96,8 @@ def sidebar_html(entries, root):
     "The sidebar as nested lists of links."
     def item(e):
         if "contents" in e:
-            return f'<li class="section">{e["section"]}<ul>{sidebar_html(e["contents"], root)}</ul></li>'
+            inner = sidebar_html(e["contents"], root)
+            return f'<li class="section">{e["section"]}<ul>{inner}</ul></li>'
         here = ' aria-current="page"' if e["here"] else ""
         return f'<li><a href="{root}{e["href"]}"{here}>{html.escape(e["text"])}</a></li>'
     return "\n".join(map(item, entries))

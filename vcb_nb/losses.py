@@ -222,7 +222,7 @@ def dpo_loss(
     beta:float=.1, # strength of the pull towards the reference
     mask:Tensor=None, # `[prompts, n]`, True = candidate present
 ) -> Tensor: # `[prompts]`
-    "Direct preference optimisation (Rafailov et al. 2023, eq. 7), equation (3); log 2 at the start."
+    "Direct preference optimisation (Rafailov et al. 2023, eq. 7), equation (3); starts at log 2."
     _positive(beta=beta)
     ratios, mask = _logratios(logps, ref_logps, rewards, mask)
     order = _pair_order(rewards, mask, ratios)

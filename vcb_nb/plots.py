@@ -98,6 +98,11 @@ def use_style():
     plt.rcParams.update(STYLE)
 
 # %% ../nbs/theory/07_plots.ipynb #7328d329
+class Picture(str):
+    "A figure as HTML; its text is what it shows."
+    def _repr_html_(self): return self.html
+    def __repr__(self): return f"<{self}>"
+
 def figure_html(figure:Figure, # drawn
                 alt:str # what it shows
                )->str:
@@ -111,9 +116,9 @@ def figure_html(figure:Figure, # drawn
 # %% ../nbs/theory/07_plots.ipynb #986a3215
 def show_figure(figure:Figure, # drawn; it is closed
                 alt:str # what it shows, for readers who cannot see it
-               ):
+               )->Picture:
     "The figure with an alternative text, as the last value of a notebook's cell."
-    from IPython.display import HTML
-    shown = HTML(figure_html(figure, alt))
+    picture = Picture(alt)
+    picture.html = figure_html(figure, alt)
     plt.close(figure)
-    return shown
+    return picture
