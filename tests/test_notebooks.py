@@ -3,7 +3,7 @@
 The lessons' shared run is made once, by the first notebook that needs it, and copied into the
 folder of the others: what is tested is the notebook, not the making of the same small models
 again. Lessons and foundations are in test_lessons: two halves, for two workers."""
-import os, re, shutil
+import os, re, shutil, subprocess, sys, venv
 
 import nbformat, pytest
 from notebooks import NOTEBOOKS, ROOT, run, wheel
@@ -102,3 +102,55 @@ def test_notebook_reads_in_jupyter(path):
         for code in page.select("pre, code"): code.decompose()
         assert not QUARTO.findall(page.text), cell.source
         assert all(image.get("alt") for image in page.select("img")), cell.source
+
+
+def install_cell(path):
+    "The source of the cell that fetches the library."
+    cells = nbformat.read(path, 4).cells
+    [cell] = [c.source for c in cells if c.cell_type == "code" and "fetch the library" in c.source]
+    first = next(c.source for c in cells if c.cell_type == "code" and "default_exp" not in c.source)
+    assert cell == first, f"{path}: it must come before all other code"
+    return cell
+
+
+def test_every_notebook_has_the_same_install_cell():
+    assert len(set(map(install_cell, NOTEBOOKS))) == 1
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    "The interpreter of an environment with pip and nothing else."
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=True)
+    return folder/"bin"/"python"
+
+
+@pytest.mark.slow
+def test_the_install_cell_installs_once_or_says_why_not(wheel, bare):
+    """Without a network it does nothing where the library is, takes it from an index that has it,
+    and else ends with one sentence. (An index is a folder here; GitHub is nowhere.)"""
+    nowhere = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "url.file:///nowhere/.insteadOf",
+               "GIT_CONFIG_VALUE_0": "https://github.com/", "PIP_NO_INDEX": "1",
+               "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_DEPS": "1"}
+    def cell(python, **more):
+        env = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **nowhere, **more}
+        return subprocess.run([python, "-c", install_cell(NOTEBOOKS[0])], env=env,
+                              capture_output=True, text=True, cwd=wheel.parent)
+    here = cell(sys.executable, PYTHONPATH=str(wheel))
+    assert (here.returncode, here.stdout, here.stderr) == (0, "", "")
+    none = cell(bare)
+    assert none.returncode == 1 and none.stderr.splitlines()[-1].startswith("vcb_nb could be had")
+    index = dict(PIP_FIND_LINKS=str(wheel.parent))
+    assert cell(bare, **index).returncode == 0
+    assert subprocess.run([bare, "-c", "import importlib.metadata as m; m.version('vcb-nb')"],
+                          cwd=wheel.parent).returncode == 0
+    assert cell(bare).returncode == 0          # now it is there
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_code_fits_its_column(path):
+    "A line of over 100 columns is cut on the page at 1280 pixels."
+    cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    wide = [line for c in cells if "#| hide" not in c.source for line in c.source.splitlines()
+            if len(line) > 100]
+    assert not wide, wide
