@@ -48,6 +48,10 @@ SETTINGS = {
     "dpo": [{}, {"beta": 2.}], "ipo": [{}, {"tau": .7}],
     "slic": [{}, {"delta": .3, "lam_reg": 1.}, {"lam_reg": 0.}],
     "rrhf": [{}, {"rank_weight": 3.}, {"lengths": True}],
+    "rpo_sq": [{}, {"beta": .3, "eta": 2.}, {"sigma": .3}],
+    "rpo_bwd": [{}, {"beta": .3, "eta": 2.}, {"sigma": .3}],
+    "infonca": [{}, {"beta": 1.5, "alpha": .4}, {"sigma": .3}],
+    "dro": [{}, {"tau": .3}, {"sigma": .3}],
 }
 GRID = [(name, params) for name, all_of in SETTINGS.items() for params in all_of]
 

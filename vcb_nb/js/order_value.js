@@ -87,7 +87,7 @@ globalThis.VCBX.register("order_value", (root, config) => {
     }
     return out;
   };
-  const ruler = (label, paint, shape, dash, open) => {
+  const ruler = (label, paint, ink, shape, dash, open) => {
     const bar = ui.svg("line", { stroke: paint, "stroke-width": 2, "stroke-dasharray": dash });
     const marks = NAMES.map(() => ui.svg("path", {
       d: ui.marker(shape, 4.6), stroke: paint, "stroke-width": 1.6,
@@ -95,7 +95,7 @@ globalThis.VCBX.register("order_value", (root, config) => {
     const letters = NAMES.map(text => ui.svg("text", { text, "text-anchor": "middle",
                                                        class: "vcbx-letter" }));
     const ratio = ui.svg("text", { x: 380, "text-anchor": "end" });
-    const title = ui.svg("text", { x: 0, text: label, style: `fill: ${paint}; font-weight: 600` });
+    const title = ui.svg("text", { x: 0, text: label, style: `fill: ${ink}; font-weight: 600` });
     const node = ui.svg("g", {}, bar, ...marks, ...letters, ratio, title);
     middle.append(node);
     return (at, scale, offsets, text, visible) => {
@@ -109,10 +109,10 @@ globalThis.VCBX.register("order_value", (root, config) => {
       ui.set(title, { y: at + 4 });
     };
   };
-  const asked = ruler("rewards", "currentColor", "o", "", true);
+  const asked = ruler("rewards", "currentColor", "currentColor", "o", "", true);
   const rulers = Object.fromEntries(names.map(m => {
-    const { label, marker, dash } = config.methods[m];
-    return [m, ruler(label, color(m), marker, dash, false)];
+    const { label, marker, dash, color: plain } = config.methods[m];
+    return [m, ruler(label, color(m), ui.ink(plain), marker, dash, false)];
   }));
 
   // ---- the policy ----

@@ -91,11 +91,7 @@ globalThis.VCBX.register("tilted_policy", (root, config) => {
 
   // ---- readouts and controls ----
   const facts = ui.row(root, "facts");
-  const fact = name => {
-    const value = ui.el("b");
-    facts.append(ui.el("span", {}, ui.el("small", { text: name }), value));
-    return text => ui.set(value, { text });
-  };
+  const fact = name => ui.fact(facts, name);
   const show = { reward: fact("expected reward"), kl: fact("KL, exact"),
                  estimate: fact("KL, Gaussian 1/(2γ²)"), z: fact("log Z(x)") };
   const controls = ui.row(root, "controls");
