@@ -279,7 +279,7 @@ globalThis.VCBX = (old => {
   // Readable on light and on dark pages: mixed with the text's colour, which black becomes.
   const isBlack = color => /^#([0-2].){3}$/.test(color);
   const tint = color =>
-    isBlack(color) ? "currentColor" : `color-mix(in srgb, ${color} 72%, currentColor)`;
+    isBlack(color) ? "currentColor" : `color-mix(in srgb, ${color} 65%, currentColor)`;
   // The same for letters, which need more contrast than lines do.
   const ink = color =>
     isBlack(color) ? "currentColor" : `color-mix(in srgb, ${color} 46%, currentColor)`;

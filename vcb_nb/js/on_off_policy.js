@@ -54,7 +54,12 @@ VCBX.register("on_off_policy", (root, config) => {
   let state = begin(), kept = {};
   const redraw = ui.schedule(() => draw());
   const color = kind => ui.tint(looks[kind].color);
-  const fill = (node, kind) => { node.style.fill = color(kind); return node; };
+  // Open bars for candidates drawn once, full ones for fresh: the two colours are relatives.
+  const fill = (node, kind) => {
+    node.style.cssText = `fill:${color(kind)};stroke:${color(kind)};stroke-width:1.5;`
+      + `fill-opacity:${kind === "fixed" ? .22 : 1}`;
+    return node;
+  };
 
   const runs = () => {
     const { n, gamma, seed } = state, key = [n, gamma, seed].join(";");
@@ -69,7 +74,7 @@ VCBX.register("on_off_policy", (root, config) => {
   };
 
   // ---- the policies ----
-  const panels = ui.row(root), W = 390, H = 300, bottom = H - 62;
+  const panels = ui.row(root), W = 390, H = 300, bottom = H - 66;
   const left = ui.panel(panels, { width: W, height: H,
                                   label: "Both policies over the responses, and π*" });
   left.append(svg("text", { x: 0, y: 14, class: "vcbx-heading", text: "Policies" }));
@@ -77,7 +82,7 @@ VCBX.register("on_off_policy", (root, config) => {
   let yProb = ui.scale(0, 1, bottom, 46);
   const probAxis = ui.axis(left, { side: "left", at: 40, scale: yProb, label: "probability",
                                    grid: W - 4, dx: -40 });
-  ui.axis(left, { side: "bottom", at: bottom + 16, scale: xBar, values: rewards.map((_, i) => i),
+  ui.axis(left, { side: "bottom", at: bottom + 20, scale: xBar, values: rewards.map((_, i) => i),
                   format: i => round(rewards[i], 1), label: "responses, by reward r" });
   const OPEN = { fill: "none", stroke: "currentColor", "stroke-width": 1.3,
                  "stroke-dasharray": "3 2", "stroke-opacity": .75 };
@@ -87,11 +92,11 @@ VCBX.register("on_off_policy", (root, config) => {
       x: xBar(i) + (k ? .02 : -.36) * slot, width: .34 * slot }), kind));
     const sft = svg("rect", { ...OPEN, x: xBar(i) - .42 * slot, width: .84 * slot });
     const goal = svg("line", { ...GOAL, x1: xBar(i) - .45 * slot, x2: xBar(i) + .45 * slot });
-    const tally = svg("text", { x: xBar(i), y: bottom + 13, "text-anchor": "middle" });
+    const tally = svg("text", { x: xBar(i), y: bottom + 15, "text-anchor": "middle" });
     left.append(...bars, sft, goal, tally);
     return { bars, sft, goal, tally };
   });
-  left.append(svg("text", { x: 0, y: bottom + 13, text: "drawn", class: "vcbx-note" }));
+  left.append(svg("text", { x: 0, y: bottom + 15, text: "drawn", class: "vcbx-note" }));
 
   // ---- the distance from the optimum, step by step ----
   const right = ui.panel(panels, { width: W, height: H,
@@ -111,8 +116,7 @@ VCBX.register("on_off_policy", (root, config) => {
     return node;
   });
   const cursor = svg("line", { y1: 46, y2: floor, stroke: "currentColor", "stroke-opacity": .5 });
-  const dots = KINDS.map(kind => fill(svg("path", { d: ui.marker(looks[kind].marker, 6),
-    stroke: "currentColor", "stroke-width": 1.3 }), kind));
+  const dots = KINDS.map(kind => fill(svg("path", { d: ui.marker(looks[kind].marker, 6) }), kind));
   const knob = svg("g", {}, svg("rect", { x: -16, y: -14, width: 32, height: floor - 18,
                                           fill: "transparent" }),
                    svg("path", { d: "M-7 -12h14l-7 11z", fill: "currentColor" }));
@@ -131,8 +135,8 @@ VCBX.register("on_off_policy", (root, config) => {
   const facts = ui.row(root, "facts");
   const show = { fixed: ui.fact(facts, "drawn once: KL(π ‖ π*)"),
                  fresh: ui.fact(facts, "fresh: KL(π ‖ π*)"),
-                 unseen: ui.fact(facts, "drawn once: never drawn"),
-                 unmet: ui.fact(facts, "fresh: never drawn yet") };
+                 unseen: ui.fact(facts, "drawn once: responses never drawn"),
+                 unmet: ui.fact(facts, "fresh: responses not drawn yet") };
   const controls = ui.row(root, "controls");
   const data = ui.fieldset(controls, "Candidates and strength");
   const whole = v => round(v, 0), sliders = {};
@@ -202,8 +206,8 @@ VCBX.register("on_off_policy", (root, config) => {
     const none = counts => counts.filter(c => !c).length;
     show.fixed(`${nats(found.fixed.off[step])} nats`);
     show.fresh(`${nats(found.fresh.off[step])} nats`);
-    show.unseen(`${none(once)} of ${K} responses`);
-    show.unmet(`${none(met)} of ${K} responses`);
+    show.unseen(`${none(once)} of ${K}`);
+    show.unmet(`${none(met)} of ${K}`);
     say(`After ${step} steps the policy with fresh candidates is ${nats(found.fresh.off[step])} `
       + `nats from the optimum. The one with ${state.n} candidates drawn once is `
       + `${nats(found.fixed.off[step])} nats away: ${none(once)} of ${K} responses were never `

@@ -31,7 +31,8 @@ VCBX.scaleShape = (() => {
     const { sign, a, k } = split(skew), y = a * a + a * sign * z; // a gamma variate of rate 1
     const rate = 1 - sign * t / a;
     if (y < 0 || rate <= 0) return -Infinity;
-    return Math.log(a) + k * Math.log(rate) + (k - 1) * Math.log(y) - rate * y - logGamma(k);
+    const power = k === 1 ? 0 : (k - 1) * Math.log(y); // 0 log 0 is 0 here
+    return Math.log(a) + k * Math.log(rate) + power - rate * y - logGamma(k);
   };
 
   return { tilt, spent, terms, logDensity };
@@ -51,7 +52,7 @@ VCBX.register("scale_shape", (root, config) => {
   const left = ui.panel(panels, { width: W, height: H,
                                   label: "Density of the rewards under the SFT policy and π*" });
   left.append(svg("text", { x: 0, y: 14, class: "vcbx-heading", text: "Rewards of one prompt" }));
-  const x = ui.scale(-6, 10, 14, W - 8), y = ui.scale(0, 1, bottom, 40), POINTS = 640;
+  const x = ui.scale(-6, 10, 14, W - 8), TOP = 78, POINTS = 640;
   ui.axis(left, { side: "bottom", at: bottom, scale: x, values: [-6, -4, -2, 0, 2, 4, 6, 8, 10],
                   label: "reward r − mean (units of r)" });
   const before = svg("path", { fill: "currentColor", "fill-opacity": .12, stroke: grey,
@@ -77,7 +78,7 @@ VCBX.register("scale_shape", (root, config) => {
                                    label: "KL that the optimum spends, against 1/γ" });
   right.append(svg("text", { x: 0, y: 14, class: "vcbx-heading",
                              text: "What the optimum spends" }));
-  const across = ui.scale(0, 1 / low, 44, W - 10), TOP = 6, up = ui.scale(0, TOP, bottom, 46);
+  const across = ui.scale(0, 1 / low, 44, W - 10), MOST = 6, up = ui.scale(0, MOST, bottom, 46);
   ui.axis(right, { side: "left", at: 44, scale: up, grid: W - 10, dx: -44,
                    label: "KL(π* ‖ SFT) (nats)" });
   ui.axis(right, { side: "bottom", at: bottom, scale: across, values: [0, .5, 1, 1.5, 2],
@@ -102,7 +103,7 @@ VCBX.register("scale_shape", (root, config) => {
     return line;
   };
   legend(0, { "stroke-width": 2.6 }, "exact").style.stroke = violet;
-  legend(1, GAUSS, "1/(2γ²), right for Gaussian rewards");
+  legend(1, GAUSS, "1/(2γ²)");
   legend(2, CUBIC, "… + skewness/(3γ³)");
 
   // ---- numbers and controls ----
@@ -113,9 +114,9 @@ VCBX.register("scale_shape", (root, config) => {
   const controls = ui.row(root, "controls");
   const shapes = ui.fieldset(controls, "The prompt's rewards");
   const change = key => value => { state[key] = value; redraw(); };
-  const skew = ui.slider(shapes, { label: "Shape: skewness", min: -2, max: 2, step: .05,
+  const skew = ui.slider(shapes, { label: "skewness", min: -2, max: 2, step: .05,
     value: state.skew, onInput: change("skew") });
-  const scale = ui.slider(shapes, { label: "Scale: σ(x)", min: .5, max: 2, step: .05,
+  const scale = ui.slider(shapes, { label: "scale σ(x)", min: .5, max: 2, step: .05,
     value: state.scale, onInput: change("scale") });
   const strength = ui.fieldset(controls, "Strength of the pull to the SFT policy");
   const setGamma = gamma => {
@@ -140,19 +141,16 @@ VCBX.register("scale_shape", (root, config) => {
   // ---- one draw ----
   const nats = v => Number.isFinite(v) ? `${round(v)} nats` : "infinite";
   const line = points => "M" + points.map(p => p.map(v => v.toFixed(1)).join(" ")).join("L");
-  const density = t => {
-    const { skew: shape, scale: sigma } = state, points = [];
-    for (let i = 0; i <= POINTS; i++) {
-      const r = -6 + 16 * i / POINTS, d = Math.exp(logDensity(shape, t, r / sigma)) / sigma;
-      points.push([x(r), y(Math.min(d, 1.05))]);
-    }
-    return line([[x(-6), bottom], ...points, [x(10), bottom]]);
-  };
+  const grid = Array.from({ length: POINTS + 1 }, (_, i) => -6 + 16 * i / POINTS);
+  const density = t => grid.map(r => Math.exp(logDensity(state.skew, t, r / state.scale)));
+  // Areas under a curve: the higher of the two reaches the top.
+  const area = (values, top) => line([[x(-6), bottom], ...values.map((d, i) =>
+    [x(grid[i]), bottom - (bottom - TOP) * d / top]), [x(10), bottom]]);
   const costs = cost => {
     const points = [];
     for (let i = 0; i <= 200; i++) {
       const t = i / 200 / low, kl = cost(Math.max(t, 1e-9));
-      if (!(kl <= TOP)) break;
+      if (!(kl <= MOST)) break;
       if (kl >= 0) points.push([across(t), up(kl)]);
     }
     return line(points);
@@ -162,19 +160,20 @@ VCBX.register("scale_shape", (root, config) => {
     const kl = spent(shape, gamma), fixed = spent(shape, gamma / sigma);
     const parts = terms(shape, gamma);
     const end = shape > 0 ? 2 / shape : Infinity, finite = Number.isFinite(kl);
-    set(before, { d: density(0) });
-    set(after, { d: finite ? density(t) : "" });
+    const sftDensity = density(0), piDensity = finite ? density(t) : [0];
+    const top = Math.max(...sftDensity, ...piDensity);
+    set(before, { d: area(sftDensity, top) });
+    set(after, { d: finite ? area(piDensity, top) : "" });
     set(none, { visibility: finite ? "hidden" : "visible" });
-    const level = y(.94);
-    set(spread, { x1: x(0), x2: x(sigma), y1: level, y2: level });
-    set(spreadText, { x: x(sigma / 2), y: level - 6, text: "σ" });
+    set(spread, { x1: x(0), x2: x(sigma), y1: TOP - 14, y2: TOP - 14 });
+    set(spreadText, { x: x(sigma / 2), y: TOP - 20, text: "σ" });
     set(exact, { d: costs(v => spent(shape, 1 / v)) });
     set(gaussian, { d: costs(v => v * v / 2) });
     set(cubic, { d: costs(v => v * v / 2 + shape * v ** 3 / 3) });
     const seen = end <= 1 / low;
     set(wall, { visibility: seen ? "visible" : "hidden", d: seen
       ? `M${across(end)} ${bottom}V46` : "" });
-    set(knob, { transform: `translate(${across(t)} ${up(Math.min(kl, TOP))})` });
+    set(knob, { transform: `translate(${across(t)} ${up(Math.min(kl, MOST))})` });
     showKnob(t);
     show.kl(nats(kl));
     show.gauss(nats(parts.gaussian));
