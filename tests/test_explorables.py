@@ -193,6 +193,14 @@ def test_html_is_well_formed_and_needs_no_network(name):
     assert text == EXPLORABLES[name]()._repr_html_() and len(text) < 80_000
 
 
+def test_figures_have_names_of_their_own():
+    "A screen reader's list of the groups on a page tells the figures apart, and says what each is."
+    names = [Parts(make()._repr_html_()).tags[0][1]["aria-label"] for make in EXPLORABLES.values()]
+    assert len(set(names)) == len(names) and all(len(name.split()) > 5 for name in names)
+    own = Explorable("mine", {}, "In words.", "0")._repr_html_()
+    assert 'aria-label="Interactive figure: mine"' in own
+
+
 @pytest.mark.parametrize("name", EXPLORABLES)
 def test_a_sanitiser_leaves_the_text(name):
     "Where script, style and noscript are dropped whole, as on GitHub, the text in words is left."

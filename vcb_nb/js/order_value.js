@@ -30,7 +30,8 @@ globalThis.VCBX.register("order_value", (root, config) => {
 
   // ---- the rewards, draggable ----
   const panels = ui.row(root), H = 322, bottom = H - 46;
-  const left = ui.panel(panels, { width: 196, height: H, label: "Rewards", max: 1.15 });
+  const left = ui.panel(panels, { width: 196, height: H, max: 1.15,
+                                  label: "Rewards of the three responses" });
   const y = ui.scale(low, high, bottom, 44), xLeft = i => 66 + 46 * i;
   left.append(ui.svg("text", { x: 0, y: 14, class: "vcbx-heading", text: "Rewards (drag)" }));
   ui.axis(left, { side: "left", at: 40, scale: y, label: "reward r", grid: 190, dx: -40 });
@@ -64,7 +65,8 @@ globalThis.VCBX.register("order_value", (root, config) => {
   });
 
   // ---- one ruler per method ----
-  const middle = ui.panel(panels, { width: 380, height: H, label: "Log-ratios by method" });
+  const middle = ui.panel(panels, { width: 380, height: H,
+                                    label: "Log-ratios of the responses by method" });
   const [from, to] = [72, 306], first = 62, gap = (bottom - 10 - first) / names.length;
   const compared = ui.svg("text", { x: 380, y: 34, class: "vcbx-note", "text-anchor": "end" });
   middle.append(compared, ui.svg("text", { x: 0, y: 14, class: "vcbx-heading",
@@ -116,7 +118,8 @@ globalThis.VCBX.register("order_value", (root, config) => {
   }));
 
   // ---- the policy ----
-  const right = ui.panel(panels, { width: 310, height: H, label: "Policy", max: 1.15 });
+  const right = ui.panel(panels, { width: 310, height: H, max: 1.15,
+                                   label: "Policy that each method makes" });
   const yProb = ui.scale(0, 1, bottom, 44), xGroup = i => 42 + 88 * i;
   right.append(ui.svg("text", { x: 0, y: 14, class: "vcbx-heading", text: "The policy it makes" }));
   ui.axis(right, { side: "left", at: 36, scale: yProb, label: "probability", grid: 306, dx: -36 });

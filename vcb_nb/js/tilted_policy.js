@@ -40,7 +40,7 @@ globalThis.VCBX.register("tilted_policy", (root, config) => {
   key(252, { fill: ui.tint(vcb.color) }, "optimal policy");
 
   // ---- the frontier ----
-  const right = ui.panel(panels, { width: W, height: H, label: "Reward against KL" });
+  const right = ui.panel(panels, { width: W, height: H, label: "Expected reward against KL" });
   const gammas = Array.from({ length: 241 }, (_, k) => high * (low / high) ** (k / 240));
   const curve = math.frontier(ref, rewards, gammas);
   const x = ui.scale(0, curve.at(-1).kl * 1.06, 48, W - 10);

@@ -127,7 +127,7 @@ VCBX.register("two_methods", (root, config) => {
     const title = `${["First", "Second"][k]}: ${style(k).label}`;
     heading.style.fill = ui.ink(style(k).color);
     set(heading, { text: title });
-    set(board, { "aria-label": `Policy of ${style(k).label} over the responses` });
+    set(board, { "aria-label": `Policy of the method. ${title}` });
     rows.forEach(({ sft, now, goal: mark }, i) => {
       const visibility = i < state.n ? "visible" : "hidden";
       for (const node of [sft, now, mark]) set(node, { visibility });
