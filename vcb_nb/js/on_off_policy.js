@@ -117,7 +117,7 @@ VCBX.register("on_off_policy", (root, config) => {
   });
   const cursor = svg("line", { y1: 46, y2: floor, stroke: "currentColor", "stroke-opacity": .5 });
   const dots = KINDS.map(kind => fill(svg("path", { d: ui.marker(looks[kind].marker, 6) }), kind));
-  const knob = svg("g", {}, svg("rect", { x: -16, y: -14, width: 32, height: floor - 18,
+  const knob = svg("g", {}, svg("rect", { x: -16, y: 46 - floor, width: 32, height: floor - 46,
                                           fill: "transparent" }),
                    svg("path", { d: "M-7 -12h14l-7 11z", fill: "currentColor" }));
   right.append(cursor, ...dots, knob);
@@ -201,7 +201,7 @@ VCBX.register("on_off_policy", (root, config) => {
       set(dots[k], { transform: `translate(${x(step)} ${height(off[step])})` });
     });
     set(cursor, { x1: x(step), x2: x(step) });
-    set(knob, { transform: `translate(${x(step)} 46)` });
+    set(knob, { transform: `translate(${x(step)} ${floor})` });
     showKnob(step);
     const none = counts => counts.filter(c => !c).length;
     show.fixed(`${nats(found.fixed.off[step])} nats`);

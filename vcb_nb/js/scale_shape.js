@@ -62,15 +62,8 @@ VCBX.register("scale_shape", (root, config) => {
   const spread = svg("line", { stroke: "currentColor", "stroke-width": 1.6 });
   const spreadText = svg("text", { "text-anchor": "middle" });
   left.append(before, after, spread, spreadText);
-  const key = (row, shape, text) => left.append(
-    set(shape, { transform: `translate(${W - 126} ${44 + 19 * row})` }),
-    svg("text", { x: W - 98, y: 48 + 19 * row, text }));
-  const dash = attrs => svg("path", { d: "M0 0h22", fill: "none", ...attrs });
-  key(0, dash({ stroke: grey, "stroke-width": 2, "stroke-dasharray": "5 3" }), "SFT policy");
-  const solid = dash({ "stroke-width": 2.6 });
-  solid.style.stroke = violet;
-  key(1, solid, "optimum π*");
-  const none = svg("text", { x: W - 126, y: 86, class: "vcbx-note", text: "π* does not exist" });
+  const dash = attrs => svg("path", { d: "M0 7h22", fill: "none", ...attrs });
+  const none = svg("text", { x: W - 126, y: 60, class: "vcbx-note", text: "π* does not exist" });
   left.append(none);
 
   // ---- the cost against 1/gamma ----
@@ -97,14 +90,18 @@ VCBX.register("scale_shape", (root, config) => {
                    svg("circle", { r: 8, stroke: "currentColor", "stroke-width": 1.5 }));
   knob.lastChild.style.fill = violet;
   right.append(knob);
-  const legend = (row, attrs, text) => {
-    const line = dash({ ...attrs, transform: `translate(52 ${58 + 19 * row})` });
-    right.append(line, svg("text", { x: 80, y: 62 + 19 * row, text }));
-    return line;
+  const keys = ui.el("p", { class: "vcbx-key" });
+  const legend = (attrs, text) => {
+    const shape = dash(attrs);
+    keys.append(ui.el("span", {},
+                      svg("svg", { width: 22, height: 14, "aria-hidden": "true" }, shape), text));
+    return shape;
   };
-  legend(0, { "stroke-width": 2.6 }, "exact").style.stroke = violet;
-  legend(1, GAUSS, "1/(2γ²)");
-  legend(2, CUBIC, "… + skewness/(3γ³)");
+  legend({ stroke: grey, "stroke-width": 2, "stroke-dasharray": "5 3" }, "SFT policy");
+  legend({ "stroke-width": 2.6 }, "optimum π*, exact").style.stroke = violet;
+  legend(GAUSS, "1/(2γ²), the cost of Gaussian rewards");
+  legend(CUBIC, "1/(2γ²) + skewness/(3γ³)");
+  root.append(keys);
 
   // ---- numbers and controls ----
   const facts = ui.row(root, "facts");

@@ -57,7 +57,7 @@ VCBX.register("two_methods", (root, config) => {
   // ---- the rewards, draggable ----
   const H = 268, bottom = H - 46, panels = ui.row(root);
   const yReward = ui.scale(0, 1, bottom, 44);
-  const left = ui.panel(panels, { width: 236, height: H, max: 1.3,
+  const left = ui.panel(panels, { width: 236, height: H, max: 1.15,
                                   label: "Rewards of the responses, to drag" });
   left.append(svg("text", { x: 0, y: 14, class: "vcbx-heading", text: "Rewards (drag)" }));
   ui.axis(left, { side: "left", at: 40, scale: yReward, label: "reward r", grid: 232, dx: -40 });
@@ -150,6 +150,7 @@ VCBX.register("two_methods", (root, config) => {
 
   // ---- gaps against gaps, and the numbers ----
   const lower = ui.row(root), G = 300, floor = G - 46;
+  lower.style.marginTop = "12px";
   const chart = ui.panel(lower, { width: 390, height: G, max: 1.1,
                                   label: "Log-ratio gap against reward gap, a mark per pair" });
   chart.append(svg("text", { x: 0, y: 14, class: "vcbx-heading",
