@@ -57,10 +57,10 @@ VCBX.register("two_methods", (root, config) => {
   // ---- the rewards, draggable ----
   const H = 268, bottom = H - 46, panels = ui.row(root);
   const yReward = ui.scale(0, 1, bottom, 44);
-  const left = ui.panel(panels, { width: 236, height: H, max: 1.15,
+  const left = ui.panel(panels, { width: 180, height: H, max: 1.35,
                                   label: "Rewards of the responses, to drag" });
   left.append(svg("text", { x: 0, y: 14, class: "vcbx-heading", text: "Rewards (drag)" }));
-  ui.axis(left, { side: "left", at: 40, scale: yReward, label: "reward r", grid: 232, dx: -40 });
+  ui.axis(left, { side: "left", at: 40, scale: yReward, label: "reward r", grid: 176, dx: -40 });
   const letters = (parent, from, to) => {
     const axis = ui.axis(parent, { side: "bottom", at: bottom, scale: ui.scale(0, 1, from, to),
                                    values: [], label: "response" });
@@ -70,7 +70,7 @@ VCBX.register("two_methods", (root, config) => {
       return scale;
     };
   };
-  const showLetters = letters(left, 40, 232);
+  const showLetters = letters(left, 40, 176);
   const setReward = (i, value) => {
     state.rewards[i] = math.clamp(Math.round(100 * value) / 100, 0, 1);
     sliders[i]?.set(state.rewards[i]);
@@ -97,7 +97,7 @@ VCBX.register("two_methods", (root, config) => {
       set(hit, { x: x - slot / 2, width: slot });
       set(bar, { x: x - width / 2, width, y, height: bottom - y });
       set(cap, { x: x - width / 2, width, y: y - 2.5 });
-      set(text, { x, y: y - 8, text: round(state.rewards[i]) });
+      set(text, { x, y: y - 8, text: round(state.rewards[i]).replace(/^0/, "") });
       show(state.rewards[i]);
     });
   };
@@ -108,12 +108,12 @@ VCBX.register("two_methods", (root, config) => {
   const GOAL = { stroke: "currentColor", "stroke-width": 2.6 };
   const yProb = ui.scale(0, 1, bottom, 44);
   const boards = SLOTS.map(k => {
-    const board = ui.panel(panels, { width: 330, height: H, max: 1.3, label: "Policy" });
+    const board = ui.panel(panels, { width: 255, height: H, max: 1.35, label: "Policy" });
     const heading = svg("text", { x: 0, y: 14, class: "vcbx-heading" });
     board.append(heading);
-    ui.axis(board, { side: "left", at: 36, scale: yProb, label: "probability", grid: 326,
+    ui.axis(board, { side: "left", at: 36, scale: yProb, label: "probability", grid: 251,
                      dx: -36 });
-    const place = letters(board, 36, 326);
+    const place = letters(board, 36, 251);
     const rows = NAMES.map(() => {
       const row = { sft: svg("rect", OPEN), now: svg("rect"), goal: svg("line", GOAL) };
       board.append(row.now, row.sft, row.goal);
@@ -200,9 +200,9 @@ VCBX.register("two_methods", (root, config) => {
   const say = ui.announcer(side);
   const showNumbers = (k, { kl, reward, off }) => {
     const { label } = style(k), [a, b, c] = facts[k];
-    a(`${round(kl)} nats`, `${label}: KL(π ‖ SFT)`);
+    a(round(kl), `${label}: KL(π ‖ SFT), nats`);
     b(round(reward, 3), `${label}: expected reward`);
-    c(`${round(off)} nats`, `${label}: KL(π ‖ π*)`);
+    c(round(off), `${label}: KL(π ‖ π*), nats`);
   };
 
   // ---- controls ----
