@@ -48,6 +48,10 @@ SETTINGS = {
     "dpo": [{}, {"beta": 2.}], "ipo": [{}, {"tau": .7}],
     "slic": [{}, {"delta": .3, "lam_reg": 1.}, {"lam_reg": 0.}],
     "rrhf": [{}, {"rank_weight": 3.}, {"lengths": True}],
+    "rpo_sq": [{}, {"beta": .3, "eta": 2.}, {"sigma": .3}],
+    "rpo_bwd": [{}, {"beta": .3, "eta": 2.}, {"sigma": .3}],
+    "infonca": [{}, {"beta": 1.5, "alpha": .4}, {"sigma": .3}],
+    "dro": [{}, {"tau": .3}, {"sigma": .3}],
 }
 GRID = [(name, params) for name, all_of in SETTINGS.items() for params in all_of]
 
@@ -187,6 +191,14 @@ def test_html_is_well_formed_and_needs_no_network(name):
     assert not re.search(r"\b(import|fetch|XMLHttpRequest|WebSocket|eval|Function|localStorage|"
                          r"innerHTML)\s*[(=.]", text)
     assert text == EXPLORABLES[name]()._repr_html_() and len(text) < 80_000
+
+
+def test_figures_have_names_of_their_own():
+    "A screen reader's list of the groups on a page tells the figures apart, and says what each is."
+    names = [Parts(make()._repr_html_()).tags[0][1]["aria-label"] for make in EXPLORABLES.values()]
+    assert len(set(names)) == len(names) and all(len(name.split()) > 5 for name in names)
+    own = Explorable("mine", {}, "In words.", "0")._repr_html_()
+    assert 'aria-label="Interactive figure: mine"' in own
 
 
 @pytest.mark.parametrize("name", EXPLORABLES)

@@ -845,7 +845,21 @@ MUTANTS = [Mutant(*row) for row in [
     ("whitening on each process alone", "online",
      "known = moments(self.everywhere(chosen))",
      "known = moments(chosen)",
-     "test_online.py -k two_processes", 16),]]
+     "test_online.py -k two_processes", 16),
+    ("letters as pale as lines", "plots", "while _contrast_with_white(rgb) < 4.6:",
+     "while _contrast_with_white(rgb) < 3:", "test_plots.py -k stand_out_on_white", 0),
+    ("letters darkened without need", "plots", "while _contrast_with_white(rgb) < 4.6:",
+     "while _contrast_with_white(rgb) < 9:", "test_plots.py -k stand_out_on_white", 0),
+    ("the bench's DRO by another strength", "explorables", '"infonca": ("beta", "β"), '
+     '"dro": ("tau", "τ")}', '"infonca": ("beta", "β"), "dro": ("beta", "β")}',
+     "test_explorables_bench.py -k offers_every_loss", 0),
+    ("the bench without RPO-bwd", "explorables", '    "rpo_bwd": ("beta", "β"), "infonca"',
+     '    "infonca"', "test_explorables_bench.py -k offers_every_loss", 0),
+    ("rewards off the bench's axis", "explorables",
+     '    _within(0, 1, **{f"rewards[{i}]": r for i, r in enumerate(rewards)})\n', "",
+     "test_explorables_bench.py -k named", 0),
+    ("figures named alike", "explorables", "self.title or self.name", "self.name",
+     "test_explorables.py -k names_of_their_own", 0),]]
 
 
 def source(mutant):

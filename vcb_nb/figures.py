@@ -14,8 +14,8 @@ import io
 import numpy as np
 from matplotlib import pyplot as plt
 
-from .plots import (OTHER_COLOR, base_method, method_color, method_label, method_marker,
-                          method_style, use_style)
+from .plots import (OTHER_COLOR, base_method, method_color, method_ink, method_label,
+                          method_marker, method_style, use_style)
 
 # %% ../nbs/foundations/23_figures.ipynb #282dfd77
 JUDGE_LABELS = {"gold": "gold reward", "reward": "reward-model score"}
@@ -103,7 +103,7 @@ def _frontier_line(ax, method, points, gain):
     # the two ends; labels between collide
     for p, *at in list(zip(points, x, y))[::max(len(x) - 1, 1)]:
         ax.annotate(strength_label(p["strength"], p["value"]), at, (5, -11), fontsize=8,
-                    textcoords="offset points", color=method_color(method))
+                    textcoords="offset points", color=method_ink(method))
 
 def _gaussian_bound(ax, sigma):
     "Gain at a given KL that no policy exceeds where rewards are Gaussian under SFT."

@@ -10,17 +10,18 @@ __all__ = ['METHOD_COLORS', 'method_color', 'method_label', 'method_style', 'use
 # %% ../nbs/theory/07_plots.ipynb #835494b7
 import base64, html, io, re
 
+from matplotlib import colors as mcolors
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 # %% ../nbs/theory/07_plots.ipynb #400d0676
 METHOD_COLORS = {
-    "optimum": "#0e0e0e", "exact": "#0e0e0e", "sft": "#949494",
-    "vcb": "#3f1f9e", "vcb_lse": "#0c74f7",
-    "dpo": "#ca7025", "ipo": "#dda800", "slic": "#437944", "rrhf": "#28d97f", "ppo": "#7b2269",
-    "rpo_sq": "#7f5461", "rpo_bwd": "#370066", "distilled_dpo": "#432c0f",
-    "infonca": "#525802", "dro": "#cd87eb",
-    "vcb_online": "#5129fa", "grpo": "#ee16b2", "rloo": "#a3dcbe", "rebel": "#c1c6df",
+    "optimum": "#0e0e0e", "exact": "#0e0e0e", "sft": "#909090",
+    "vcb": "#2e1290", "vcb_lse": "#006eef",
+    "dpo": "#a24f00", "ipo": "#b08100", "slic": "#3f7949", "rrhf": "#009640", "ppo": "#6a0d59",
+    "rpo_sq": "#7e5360", "rpo_bwd": "#360066", "distilled_dpo": "#3b2507",
+    "infonca": "#424300", "dro": "#a25fc0",
+    "vcb_online": "#2c0fe3", "grpo": "#a5008b", "rloo": "#7b11bf", "rebel": "#052033",
 }
 
 # %% ../nbs/theory/07_plots.ipynb #afa042c6
@@ -64,6 +65,17 @@ def method_color(name:str) -> str:
     return METHOD_COLORS.get(base_method(name), OTHER_COLOR)
 
 # %% ../nbs/theory/07_plots.ipynb #8af9dd9a
+def _contrast_with_white(rgb):
+    "WCAG's contrast ratio of an sRGB colour, three numbers of 0 to 1, with white: 1 to 21."
+    linear = [c / 12.92 if c <= .04045 else ((c + .055) / 1.055) ** 2.4 for c in rgb]
+    return 1.05 / (.2126 * linear[0] + .7152 * linear[1] + .0722 * linear[2] + .05)
+
+def method_ink(name:str) -> str:
+    "The method's colour for letters: darkened until its contrast with white is 4.5 : 1."
+    rgb = mcolors.to_rgb(method_color(name))
+    while _contrast_with_white(rgb) < 4.6: rgb = tuple(.97 * c for c in rgb)
+    return mcolors.to_hex(rgb)
+
 def method_marker(name:str) -> str:
     "The method's marker; a point for a name that starts with no known method."
     return METHOD_MARKERS.get(base_method(name), ".")

@@ -45,7 +45,7 @@ def alike(
     method:str, # key of `LOSSES`
     gamma:float, # asks for 1/gamma nats per sigma of reward
 ) -> dict[str, float]: # the method's own hyper-parameter
-    """One strength for every method, @eq-playground-alike: the conventions are our choice.
+    """One strength for every method, equation (2): the conventions are our choice.
 
     `gamma` itself where the method has a pull towards SFT; where it has a gap or a ranking weight
     instead, 1/gamma nats, the gap that VCB asks of two responses one sigma apart."""

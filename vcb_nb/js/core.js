@@ -137,14 +137,59 @@ globalThis.VCBX = (old => {
     weight: rank_weight, anchor: 1, lengths,
     cost: gap => Math.max(0, -gap), steep: gap => gap < 0 ? -1 : 0,
   }));
-  const losses = {
-    vcb, vcb_lse: (logps, ref, rewards, params) => vcb(logps, ref, rewards, { lam: 1, ...params }),
-    dpo: dpo.value, ipo: ipo.value, slic: slic.value, rrhf: rrhf.value,
+  // A relative that sees values: terms(r, params) gives cost and slope of the log-ratios; r is
+  // centred, and over sigma where that is given.
+  const valueBased = terms => {
+    const usable = (rewards, sigma = 1) =>
+      hasSignal(rewards) && (sigma === 1 || sigma > resolution(rewards));
+    const scaled = (rewards, sigma = 1) => centred(rewards).map(r => r / sigma);
+    return {
+      value: (logps, ref, rewards, params = {}) => usable(rewards, params.sigma)
+        ? terms(scaled(rewards, params.sigma), params).cost(ratios(logps, ref)) : 0,
+      slope: (ref, rewards, params = {}) => {
+        if (!usable(rewards, params.sigma)) return () => rewards.map(() => 0);
+        const { steep } = terms(scaled(rewards, params.sigma), params);
+        return logps => steep(ratios(logps, ref));
+      },
+    };
   };
-  const slopes = {
-    vcb: vcbSlope, vcb_lse: (ref, rewards, params) => vcbSlope(ref, rewards, { lam: 1, ...params }),
-    dpo: dpo.slope, ipo: ipo.slope, slic: slic.slope, rrhf: rrhf.slope,
-  };
+  const rpoSq = valueBased((r, { beta = 1, eta = 1 }) => {
+    const e = l => l.map((v, i) => beta * v - eta * r[i]), scale = 4 * beta / (r.length - 1);
+    return { cost: l => 2 * variance(e(l)), steep: l => centred(e(l)).map(v => scale * v) };
+  });
+  const rpoBwd = valueBased((r, { beta = 1, eta = 1 }) => {
+    const all = pairs(r.length), asked = all.map(([i, j]) => eta * (r[i] - r[j]));
+    const got = l => all.map(([i, j]) => beta * (l[i] - l[j]));
+    return {
+      cost: l => mean(got(l).map((g, k) => sigmoid(asked[k]) * (asked[k] - g)
+                                           - softplus(asked[k]) + softplus(g))),
+      steep: l => {
+        const g = l.map(() => 0);
+        got(l).forEach((v, k) => {
+          const d = beta * (sigmoid(v) - sigmoid(asked[k])) / all.length;
+          g[all[k][0]] += d; g[all[k][1]] -= d;
+        });
+        return g;
+      },
+    };
+  });
+  const infonca = valueBased((r, { beta = .1, alpha = 1 }) => {
+    const target = softmax(r.map(v => v / alpha)), scaled = l => l.map(v => beta * v);
+    return { cost: l => -sum(logSoftmax(scaled(l)).map((v, i) => target[i] * v)),
+             steep: l => softmax(scaled(l)).map((p, i) => beta * (p - target[i])) };
+  });
+  const dro = valueBased((r, { tau = 1 }) => {
+    const e = l => centred(r.map((v, i) => v - tau * l[i]));
+    return { cost: l => mean(e(l).map(v => v * v)),
+             steep: l => e(l).map(v => -2 * tau * v / r.length) };
+  });
+  const lse = params => ({ lam: 1, ...params });
+  const relatives = { dpo, ipo, slic, rrhf, rpo_sq: rpoSq, rpo_bwd: rpoBwd, infonca, dro };
+  const each = key => Object.fromEntries(Object.entries(relatives).map(([k, v]) => [k, v[key]]));
+  const losses = { vcb, ...each("value"),
+                   vcb_lse: (logps, ref, rewards, p) => vcb(logps, ref, rewards, lse(p)) };
+  const slopes = { vcb: vcbSlope, ...each("slope"),
+                   vcb_lse: (ref, rewards, p) => vcbSlope(ref, rewards, lse(p)) };
   const gradients = Object.fromEntries(Object.entries(slopes).map(([name, slope]) =>
     [name, (logps, ref, rewards, params) => slope(ref, rewards, params)(logps)]));
   // `steps` steps of gradient descent on one free logit per response; the path, start included.
@@ -154,6 +199,30 @@ globalThis.VCBX = (old => {
       const logps = path[s], g = slope(logps), total = sum(g);
       path.push(logSoftmax(logps.map((z, i) => z - lr * (g[i] - Math.exp(z) * total))));
     }
+    return path;
+  };
+  // Adam on one free logit per response, as torch's: (gradient by logps, learning rate) => logps.
+  // Its epsilon is large, so that a gradient of zero up to rounding stays without effect.
+  const EPSILON = .01;
+  const adam = start => {
+    const z = start.slice(), m = z.map(() => 0), v = z.map(() => 0);
+    let t = 0;
+    return (g, lr) => {
+      const logps = logSoftmax(z), total = sum(g);
+      t += 1;
+      z.forEach((_, i) => {
+        const d = g[i] - Math.exp(logps[i]) * total;
+        m[i] += .1 * (d - m[i]);
+        v[i] += .001 * (d * d - v[i]);
+        z[i] -= lr / (1 - .9 ** t) * m[i] / (Math.sqrt(v[i] / (1 - .999 ** t)) + EPSILON);
+      });
+      return logSoftmax(z);
+    };
+  };
+  // `steps` steps of Adam on all responses; the path, start included.
+  const train = (name, refLogps, rewards, params, { steps, lr }) => {
+    const slope = slopes[name](refLogps, rewards, params), path = [refLogps];
+    for (let s = 0, step = adam(refLogps); s < steps; s++) path.push(step(slope(path[s]), lr));
     return path;
   };
 
@@ -172,7 +241,7 @@ globalThis.VCBX = (old => {
   const math = {
     sum, mean, clamp, centred, variance, std, logsumexp, logSoftmax, softmax, softplus, sigmoid,
     expected, kl, pairs, rewardStd, ratios, ordered, best, residuals, pairLosses, pairWeights,
-    logMeanExp, descend, optimum, logPartition, frontier,
+    logMeanExp, descend, adam, train, slopes, optimum, logPartition, frontier,
   };
 
   // ---- elements ------------------------------------------------------------------------------
@@ -210,7 +279,10 @@ globalThis.VCBX = (old => {
   // Readable on light and on dark pages: mixed with the text's colour, which black becomes.
   const isBlack = color => /^#([0-2].){3}$/.test(color);
   const tint = color =>
-    isBlack(color) ? "currentColor" : `color-mix(in srgb, ${color} 72%, currentColor)`;
+    isBlack(color) ? "currentColor" : `color-mix(in srgb, ${color} 65%, currentColor)`;
+  // The same for letters, which need more contrast than lines do.
+  const ink = color =>
+    isBlack(color) ? "currentColor" : `color-mix(in srgb, ${color} 46%, currentColor)`;
   const polygon = (n, size, turn) => "M" + Array.from({ length: n }, (_, k) => {
     const a = turn + 2 * Math.PI * k / n;
     return `${(size * Math.cos(a)).toFixed(2)} ${(size * Math.sin(a)).toFixed(2)}`;
@@ -422,11 +494,38 @@ globalThis.VCBX = (old => {
       timer = timer || setTimeout(() => { timer = 0; set(heard, { text: latest }); }, 500);
     };
   };
+  // A mutable text in the row of facts: fact(parent, name) gives show(text).
+  const fact = (parent, name) => {
+    const title = el("small", { text: name }), value = el("b");
+    parent.append(el("span", {}, title, value));
+    return (text, newName = name) => {
+      set(value, { text });
+      set(title, { text: newName });
+    };
+  };
   const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
+  // Plays a count from where it is (from 0 at the end) up to `most`: at once if motion is unwanted.
+  const player = ({ most, get, put, seconds = 4 }) => {
+    let frame = 0;
+    const stop = () => { cancelAnimationFrame(frame); frame = 0; };
+    const play = () => {
+      stop();
+      if (still()) return put(most);
+      const from = get() < most ? get() : 0, first = performance.now();
+      const tick = time => {
+        const share = clamp((time - first) / 1000 / seconds, 0, 1);
+        put(Math.min(most, Math.ceil(from + share * most)));
+        if (get() < most) frame = requestAnimationFrame(tick);
+      };
+      frame = requestAnimationFrame(tick);
+    };
+    return { play, stop };
+  };
+
   const ui = {
-    set, el, svg, panel, row, tint, marker, scale, ticks, round, axis, fieldset, slider, select,
-    checkbox, button, point, drag, handle, schedule, announcer, still,
+    set, el, svg, panel, row, tint, ink, marker, scale, ticks, round, axis, fieldset, slider,
+    select, checkbox, button, point, drag, handle, schedule, announcer, fact, player, still,
   };
 
   // ---- figures -------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ VCBX.register("loss_landscape", (root, config) => {
     const { grid, least, most } = heights(map.value, DOMAIN, GRID), pen = canvas.getContext("2d");
     const brush = small.getContext("2d"), image = brush.createImageData(GRID, GRID);
     for (let j = 0; j < GRID; j++) for (let i = 0; i < GRID; i++)
-      image.data[4 * ((GRID - 1 - j) * GRID + i) + 3] = 165 * (1 - grid[j * GRID + i]) ** 1.3;
+      image.data[4 * ((GRID - 1 - j) * GRID + i) + 3] = 165 * grid[j * GRID + i] ** 1.3;
     brush.putImageData(image, 0, 0);
     const cell = PIXELS / (GRID - 1), y = j => PIXELS - j * cell;
     pen.globalCompositeOperation = "source-over";
@@ -272,7 +272,7 @@ VCBX.register("loss_landscape", (root, config) => {
     const color = ui.tint(style().color);
     root.style.setProperty("--vcbx-accent", color);
     swatch.style.border = `1px solid ${color}`;
-    swatch.style.background = `linear-gradient(90deg, ${color}, transparent)`;
+    swatch.style.background = `linear-gradient(90deg, transparent, ${color})`;
     const key = JSON.stringify([state.method, params(), state.rewards]);
     if (key !== painted) paint();
     painted = key;

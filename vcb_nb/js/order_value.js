@@ -30,7 +30,8 @@ globalThis.VCBX.register("order_value", (root, config) => {
 
   // ---- the rewards, draggable ----
   const panels = ui.row(root), H = 322, bottom = H - 46;
-  const left = ui.panel(panels, { width: 196, height: H, label: "Rewards", max: 1.15 });
+  const left = ui.panel(panels, { width: 196, height: H, max: 1.15,
+                                  label: "Rewards of the three responses" });
   const y = ui.scale(low, high, bottom, 44), xLeft = i => 66 + 46 * i;
   left.append(ui.svg("text", { x: 0, y: 14, class: "vcbx-heading", text: "Rewards (drag)" }));
   ui.axis(left, { side: "left", at: 40, scale: y, label: "reward r", grid: 190, dx: -40 });
@@ -64,7 +65,8 @@ globalThis.VCBX.register("order_value", (root, config) => {
   });
 
   // ---- one ruler per method ----
-  const middle = ui.panel(panels, { width: 380, height: H, label: "Log-ratios by method" });
+  const middle = ui.panel(panels, { width: 380, height: H,
+                                    label: "Log-ratios of the responses by method" });
   const [from, to] = [72, 306], first = 62, gap = (bottom - 10 - first) / names.length;
   const compared = ui.svg("text", { x: 380, y: 34, class: "vcbx-note", "text-anchor": "end" });
   middle.append(compared, ui.svg("text", { x: 0, y: 14, class: "vcbx-heading",
@@ -87,7 +89,7 @@ globalThis.VCBX.register("order_value", (root, config) => {
     }
     return out;
   };
-  const ruler = (label, paint, shape, dash, open) => {
+  const ruler = (label, paint, ink, shape, dash, open) => {
     const bar = ui.svg("line", { stroke: paint, "stroke-width": 2, "stroke-dasharray": dash });
     const marks = NAMES.map(() => ui.svg("path", {
       d: ui.marker(shape, 4.6), stroke: paint, "stroke-width": 1.6,
@@ -95,7 +97,7 @@ globalThis.VCBX.register("order_value", (root, config) => {
     const letters = NAMES.map(text => ui.svg("text", { text, "text-anchor": "middle",
                                                        class: "vcbx-letter" }));
     const ratio = ui.svg("text", { x: 380, "text-anchor": "end" });
-    const title = ui.svg("text", { x: 0, text: label, style: `fill: ${paint}; font-weight: 600` });
+    const title = ui.svg("text", { x: 0, text: label, style: `fill: ${ink}; font-weight: 600` });
     const node = ui.svg("g", {}, bar, ...marks, ...letters, ratio, title);
     middle.append(node);
     return (at, scale, offsets, text, visible) => {
@@ -109,14 +111,15 @@ globalThis.VCBX.register("order_value", (root, config) => {
       ui.set(title, { y: at + 4 });
     };
   };
-  const asked = ruler("rewards", "currentColor", "o", "", true);
+  const asked = ruler("rewards", "currentColor", "currentColor", "o", "", true);
   const rulers = Object.fromEntries(names.map(m => {
-    const { label, marker, dash } = config.methods[m];
-    return [m, ruler(label, color(m), marker, dash, false)];
+    const { label, marker, dash, color: plain } = config.methods[m];
+    return [m, ruler(label, color(m), ui.ink(plain), marker, dash, false)];
   }));
 
   // ---- the policy ----
-  const right = ui.panel(panels, { width: 310, height: H, label: "Policy", max: 1.15 });
+  const right = ui.panel(panels, { width: 310, height: H, max: 1.15,
+                                   label: "Policy that each method makes" });
   const yProb = ui.scale(0, 1, bottom, 44), xGroup = i => 42 + 88 * i;
   right.append(ui.svg("text", { x: 0, y: 14, class: "vcbx-heading", text: "The policy it makes" }));
   ui.axis(right, { side: "left", at: 36, scale: yProb, label: "probability", grid: 306, dx: -36 });

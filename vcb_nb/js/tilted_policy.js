@@ -40,7 +40,7 @@ globalThis.VCBX.register("tilted_policy", (root, config) => {
   key(252, { fill: ui.tint(vcb.color) }, "optimal policy");
 
   // ---- the frontier ----
-  const right = ui.panel(panels, { width: W, height: H, label: "Reward against KL" });
+  const right = ui.panel(panels, { width: W, height: H, label: "Expected reward against KL" });
   const gammas = Array.from({ length: 241 }, (_, k) => high * (low / high) ** (k / 240));
   const curve = math.frontier(ref, rewards, gammas);
   const x = ui.scale(0, curve.at(-1).kl * 1.06, 48, W - 10);
@@ -91,11 +91,7 @@ globalThis.VCBX.register("tilted_policy", (root, config) => {
 
   // ---- readouts and controls ----
   const facts = ui.row(root, "facts");
-  const fact = name => {
-    const value = ui.el("b");
-    facts.append(ui.el("span", {}, ui.el("small", { text: name }), value));
-    return text => ui.set(value, { text });
-  };
+  const fact = name => ui.fact(facts, name);
   const show = { reward: fact("expected reward"), kl: fact("KL, exact"),
                  estimate: fact("KL, Gaussian 1/(2γ²)"), z: fact("log Z(x)") };
   const controls = ui.row(root, "controls");
