@@ -171,7 +171,7 @@ def plot_gaps(summary:dict, # of `evaluate`
         if p["strength"] == "gamma" and p["value"]: _target_line(ax, p)
     ax.axhline(0, color=OTHER_COLOR, linewidth=.8)
     ax.set(xlabel="reward gap of a pair, units of σ(x)", ylabel="log-ratio gap, nats", xlim=(0, None),
-           title="Do log-ratios follow rewards?")
+           ylim=_inner_range(summary, policies), title="Do log-ratios follow rewards?")
     _legend_below(fig, ax, columns=1)
     return fig
 
@@ -184,6 +184,14 @@ def _gap_cloud(ax, points, policy, bins, label, shift):
     low, high = (np.array([np.quantile(q[:, 1], s) for q in parts]) for s in (.25, .75))
     ax.errorbar(x*(1 + shift), middle, yerr=[middle - low, high - middle], elinewidth=1.4, capsize=3,
                 **method_style(policy["method"], label=label, markersize=7))
+
+def _inner_range(summary, policies)->tuple: # (low, high); None where there is no pair
+    "The range of all but the outermost log-ratio gaps, of which a few would flatten the rest."
+    gaps = [np.sign(x)*y for n in policies
+            for x, y in summary["policies"][n]["calibration"]["points"]]
+    if not gaps: return None, None
+    low, high = np.quantile(gaps, [.01, .99])
+    return min(1.2*low, -.1), max(1.2*high, .1)
 
 def _target_line(ax, policy):
     "The line of slope 1/γ, as far as the pairs go, without moving the axes."
@@ -295,11 +303,11 @@ def plot_reliability(found:dict # of the reward stage: reliability, accuracy, ec
     bins = found["reliability"]
     x, pairs = ([b[k] for b in bins] for k in ("confidence", "pairs"))
     right = [dict(value=b["accuracy"], low=b["low"], high=b["high"]) for b in bins]
-    fig, (ax, below) = _panels(2, 6.2, 2.4, columns=1, sharex=True)
+    fig, (ax, below) = _panels(2, 4.2, 2.2, columns=1, sharex=True)
     ax.plot([.5, 1], [.5, 1], **method_style("optimum", marker="", label="as sure as right"))
     ax.errorbar(x, [e["value"] for e in right], yerr=error_lengths(right),
                 color=method_color("vcb"), marker="o", linestyle="", label="measured", **ERROR_BARS)
-    ax.set(ylabel="right, share of pairs", title=f"Reward model: accuracy {found['accuracy']:.3f}, "
+    ax.set(ylabel="right, share of pairs", title=f"Accuracy {found['accuracy']:.1%}, "
                                                  f"calibration error {found['ece']:.3f}")
     ax.legend(loc="upper left")
     below.bar(x, pairs, .02, color=OTHER_COLOR)

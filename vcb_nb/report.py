@@ -8,18 +8,18 @@ Docs: https://vcb-nb.github.io/vcb_nb/runs/report.html.md"""
 __all__ = ['ReportConfig', 'report']
 
 # %% ../nbs/runs/04_report.ipynb #00d50d95
-import base64, html, json, re
+import base64, html, json, re, string
 from collections import Counter
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, groupby, zip_longest
 from pathlib import Path
 from .artifacts import (MANIFEST, InputError, atomic_write, finished_stages, read_json,
                               read_manifest)
 from .cards import write_cards
 from .chat import prompt_text
-from .figures import (figure_bytes, plot_calibration, plot_frontier, plot_gaps, plot_margins,
-                            plot_reliability, plot_rewards, plot_samples, plot_training_curves,
-                            run_label)
+from .figures import (CURVES, figure_bytes, plot_calibration, plot_frontier, plot_gaps,
+                            plot_margins, plot_reliability, plot_rewards, plot_samples,
+                            plot_training_curves, run_label)
 from .findings import (JUDGE_NAMES, at_equal_kl, common_kl, compare_methods, contrast_pair,
                              decimals, findings, judges_of, number_text, rounded, sweeps_of,
                              ties_of)
@@ -98,18 +98,23 @@ p, li { max-width: 46rem; } ul { padding-left: 1.2rem; } li { margin: .45rem 0; 
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; padding: .5rem 0;
   border-bottom: 1px solid var(--line); }
 .scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .9rem; min-width: 50%; }
+table { border-collapse: collapse; font-size: .9rem; width: 100%; }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; overflow-wrap: normal; }
 thead th { background: var(--soft); vertical-align: bottom; max-width: 11rem; }
 tbody th { font-weight: 500; white-space: nowrap; }
 .n { text-align: right; font-variant-numeric: tabular-nums; } td.n { white-space: nowrap; }
-td.wide { min-width: 15rem; }
-figure { margin: 1.4rem 0; overflow-x: auto; } img { height: auto; } .fits { max-width: 100%; }
+td.wide { min-width: 12rem; }
+figure { margin: 1.4rem 0; overflow-x: auto; } img { height: auto; }
+figure.fits { display: inline-block; width: 28rem; max-width: 100%; vertical-align: top; }
+.fits img { width: 100%; } .fits + .fits { margin-left: 1.5rem; }
 figcaption { color: var(--quiet); font-size: .9rem; max-width: 46rem; }
 details { border-top: 1px solid var(--line); padding: .2rem 0; }
 summary { cursor: pointer; padding: .45rem 0; color: var(--link); }
 mark { background: var(--mark); color: var(--marked); padding: 0 .1em; border-radius: 2px; }
+@media (max-width: 64rem) { .fits + .fits { margin-left: 0; } }
+@media (max-width: 40rem) { table { font-size: .82rem; } th, td { padding: .35rem .4rem; }
+  tr:has(.wide) th { white-space: normal; } td.wide { min-width: 9rem; } }
 """
 
 # %% ../nbs/runs/04_report.ipynb #f6ebfd7b
@@ -145,9 +150,9 @@ def _image_size(image:bytes)->tuple: # (width, height) in pixels of the page; No
 def _html_figure(block:Figure)->str:
     data, size = base64.b64encode(block.image).decode(), _image_size(block.image)
     alt = html.escape(block.alt or block.caption)
-    shape = "" if size is None else f" width={size[0]} height={size[1]}" \
-        + " class=fits"*(size[0] <= 4.3*PIXELS)
-    return (f'<figure><img alt="{alt}"{shape} src="data:image/png;base64,{data}">'
+    shape = "" if size is None else f" width={size[0]} height={size[1]}"
+    fits = " class=fits"*(size is not None and size[0] <= 4.3*PIXELS)
+    return (f'<figure{fits}><img alt="{alt}"{shape} src="data:image/png;base64,{data}">'
             f"<figcaption>{html.escape(block.caption)}</figcaption></figure>")
 
 def _anchor(text:str)->str: return re.sub(r"\W+", "-", text.lower())
@@ -220,16 +225,16 @@ def render_markdown(title:str, blocks:list)->str:
     return "\n\n".join([f"# {_plain(title)}", *map(_markdown_block, blocks)]) + "\n"
 
 # %% ../nbs/runs/04_report.ipynb #fe136803
-TABLE_NOTE = ("Bold: the largest gain. ≈: its difference from the largest has a 95 % interval, over "
-              "prompts, that includes 0.")
+TABLE_NOTE = ("Bold: the largest gain. ≈: these prompts cannot tell it from the largest (the 95 % "
+              "interval of the difference includes 0).")
 
 def _gain_columns(summary:dict, per_prompt:"dict | None")->list: # (title, comparison)
     "What the methods are compared by: each reward, and the first one out of distribution."
     judges = judges_of(summary)
     splits = [("test", j) for j in judges] + [("ood", j) for j in judges[:1]]
     def title(split, judge, at):
-        where = ", out of distribution"*(split == "ood")
-        return f"{JUDGE_NAMES[judge]} gained{where}" + (f", at {number_text(at)} nats" if at else "")
+        where = " out of distribution"*(split == "ood")
+        return f"{JUDGE_NAMES[judge]} gained{where}" + (f" at {number_text(at)} nats" if at else "")
     found = [(split, judge, compare_methods(summary, per_prompt, judge, split))
              for split, judge in splits if per_prompt and split in per_prompt]
     return [(title(split, judge, c["at"]), c) for split, judge, c in found]
@@ -253,20 +258,33 @@ def methods_table(summary:dict, per_prompt:dict=None)->Table:
     fits = [policies[chosen[m]].get("calibration") for m in order]
     fit_names = ("pearson", "slope") if any(fits) else ()
     digits = {k: decimals([f[k] for f in fits if f]) for k in fit_names}
-    rows = [[method_label(m), *(c[m] for c in cells), _policy_text(policies[chosen[m]]),
+    rows = [[method_label(m), *(c[m] for c in cells),
              *(rounded(f and f[k], digits[k]) for k in fit_names)] for m, f in zip(order, fits)]
-    heads = [title for title, _ in columns] + ["its policy nearest to that"]
-    heads += ["correlation", "slope, nats per σ"]*bool(fit_names)
+    heads = [title for title, _ in columns] + ["correlation", "slope, nats per σ"]*bool(fit_names)
     return Table(["method", *heads], rows, numeric=1, name="Methods")
 
-def _policy_text(policy:dict)->str: # 'γ=0.5, at 1.13 nats'
-    "A policy's strength and KL."
-    kl, label = policy["splits"]["test"]["kl"], run_label("", policy)
-    strength = label.removeprefix(method_label(policy["method"])).strip()
-    at = f"at {number_text(kl['value'])} nats" if kl else ""
-    return ", ".join(filter(None, [strength, at])) or "–"
+def fit_note(summary:dict)->str: # '' where nothing was calibrated
+    "Which policies correlation and slope belong to."
+    def one(policy):
+        kl = policy["splits"]["test"]["kl"]
+        at = f" ({number_text(kl['value'], 2)} nats)" if kl else ""
+        return run_label(policy["method"], policy) + at
+    policies = [summary["policies"][n] for m, n in at_equal_kl(summary).items() if m != "sft"]
+    if not any(p.get("calibration") for p in policies): return ""
+    return ("Correlation and slope of log-ratios on rewards, on held-out candidates, are those of the "
+            f"policy nearest to that KL: {', '.join(map(one, policies))}.")
 
-# %% ../nbs/runs/04_report.ipynb #2f07b23f
+# %% ../nbs/runs/04_report.ipynb #30ccaca7
+def frontier_blocks(summary:dict)->list:
+    "Reward gained against KL paid, by every judge; none where KL was not measured."
+    if summary["policies"]["sft"]["splits"]["test"]["kl"] is None: return []
+    return [Figure(f"frontier_{judge}", figure_bytes(plot_frontier(summary, judge=judge)),
+                   f"{JUDGE_NAMES[judge].capitalize()} gained over SFT against KL from SFT; each "
+                   "line is one method over its sweep. Higher at the same KL is better.",
+                   f"Reward–KL frontier by {JUDGE_NAMES[judge]}, one line per method.")
+            for judge in judges_of(summary)]
+
+# %% ../nbs/runs/04_report.ipynb #242b1147
 FINDINGS_NOTE = ("Means over prompts; brackets are 95 % bootstrap intervals, for which prompts are "
                  "resampled. KL is estimated on the policies' own samples.")
 
@@ -275,8 +293,9 @@ def finding_blocks(summary, per_prompt, reward, judged)->list:
     blocks = [Heading("Findings"), Points(findings(summary, per_prompt, reward, judged))]
     if not summary: return blocks
     if sweeps_of(summary):
-        blocks += [methods_table(summary, per_prompt), Text(f"{FINDINGS_NOTE} {TABLE_NOTE}")]
-    return blocks + gap_blocks(summary)
+        notes = [FINDINGS_NOTE, TABLE_NOTE*(len(sweeps_of(summary)) > 1), fit_note(summary)]
+        blocks += [methods_table(summary, per_prompt), Text(" ".join(filter(None, notes)))]
+    return blocks + frontier_blocks(summary)[:1] + gap_blocks(summary)
 
 def gap_blocks(summary:dict)->list:
     "Reward gap against log-ratio gap, of VCB and DPO."
@@ -289,19 +308,6 @@ def gap_blocks(summary:dict)->list:
                    "medians and bars hold the middle half of the pairs. At VCB's optimum all pairs lie "
                    "on the dashed line of slope 1/γ.",
                    f"Scatter of log-ratio gap against reward gap for {names}, with medians.")]
-
-# %% ../nbs/runs/04_report.ipynb #818edc33
-def frontier_blocks(summary:dict)->list:
-    "Reward gained against KL paid, by every judge."
-    figures = [Figure(f"frontier_{judge}", figure_bytes(plot_frontier(summary, judge=judge)),
-                      f"{JUDGE_NAMES[judge].capitalize()} gained over SFT against KL from SFT; each "
-                      "line is one method over its sweep. Higher at the same KL is better.",
-                      f"Reward–KL frontier by {JUDGE_NAMES[judge]}, one line per method.")
-               for judge in judges_of(summary)]
-    if summary["policies"]["sft"]["splits"]["test"]["kl"] is None:
-        return [Heading("Reward and KL"), Text("KL was not measured: it needs samples at temperature "
-                                               "1 without top_p and top_k.")]
-    return [Heading("Reward and KL"), *figures]*bool(figures)
 
 # %% ../nbs/runs/04_report.ipynb #21e76ed1
 def reward_blocks(evaluation:"dict | None")->list:
@@ -365,10 +371,12 @@ def _judged_row(c:dict, about:dict)->list:
             _percent(c["length_controlled"])]
 
 # %% ../nbs/runs/04_report.ipynb #0bbe5785
-def _words(text:str)->list: return re.findall(r"\s*\S+", text)
+def _words(text:str)->list: return re.findall(r"\S+", text)
+
+def _bare(word:str)->str: return word.strip(string.punctuation).lower()
 
 def _distance(a:str, b:str)->float: # 0: the same words; 1: none in common
-    x, y = (Counter(w.strip().lower() for w in _words(t)) for t in (a, b))
+    x, y = (Counter(map(_bare, _words(t))) for t in (a, b))
     return 1 - (x & y).total()/max((x | y).total(), 1)
 
 def most_different(responses:list, # [prompts][policies]
@@ -379,15 +387,12 @@ def most_different(responses:list, # [prompts][policies]
 
 def mark_own_words(texts:list)->list: # of Marked
     "Each text with the words marked that no other has."
-    sets = [{w.strip().lower() for w in _words(t)} for t in texts]
-    homes = Counter(w for s in sets for w in s)
+    homes = Counter(w for text in texts for w in {*map(_bare, _words(text))})
+    def tag(word): return "mark"*(homes[_bare(word)] == 1)
     def one(text):
-        parts = []
-        for word in _words(text):
-            tag = "mark"*(homes[word.strip().lower()] == 1)
-            if parts and parts[-1][1] == tag: parts[-1] = (parts[-1][0] + word, tag)
-            else: parts.append((word, tag))
-        return Marked(parts)
+        runs = [(" ".join(words), kind) for kind, words in groupby(_words(text), tag)]
+        gaps = [(" ", "")]*max(len(runs) - 1, 0)
+        return Marked([part for pair in zip_longest(runs, gaps) for part in pair if part])
     return list(map(one, texts))
 
 # %% ../nbs/runs/04_report.ipynb #56f45a17
@@ -458,7 +463,8 @@ def _text_row(name, policy)->list:
 # %% ../nbs/runs/04_report.ipynb #131b6d63
 def policy_blocks(summary:dict)->list:
     "Every policy: its rewards, KL, wins, calibration and texts, as tables and figures, folded."
-    blocks, judges = [policies_table(summary)], judges_of(summary)
+    judges = judges_of(summary)
+    blocks = [policies_table(summary), *frontier_blocks(summary)[1:]]
     for judge in judges[:1]:
         name = JUDGE_NAMES[judge]
         blocks.append(Figure("rewards", figure_bytes(plot_rewards(summary, judge)),
@@ -489,7 +495,7 @@ def _text_blocks(summary:dict)->list:
 def summary_line(summary:dict)->str:
     "The plain numbers of a stage's summary, in one line."
     fmt = lambda v: f"{v:,}" if isinstance(v, int) else number_text(v) \
-        if isinstance(v, float) else str(v)
+        if isinstance(v, float) else method_label(v)
     lines = [f"{k.replace('_', ' ')} {fmt(v)}" for k, v in _plain_items(summary).items()]
     return ", ".join([*lines, *(f"dropped {fmt(n)} ({why})" for why, n in _left_out(summary))])
 
@@ -510,7 +516,7 @@ def joined_summary(summaries:list)->dict:
     def one(key):
         values = list(dict.fromkeys(p[key] for p in plain))
         if len(values) == 1: return values[0]
-        if any(isinstance(v, str) for v in values): return ", ".join(map(str, values))
+        if any(isinstance(v, str) for v in values): return ", ".join(method_label(str(v)) for v in values)
         return f"{number_text(min(values))} to {number_text(max(values))}"
     dropped = Counter()
     for s in summaries: dropped.update(dict(_left_out(s)))
@@ -525,9 +531,9 @@ def stage_rows(manifests:list)->list: # [stage, time, result]
     def row(kind, found):
         seconds, results = sum(m["seconds"] for m in found), [m["summary"] for m in found]
         if len(found) > 1:
-            return [f"{kind}, {len(found)} runs", f"{seconds:,.0f} s", summary_line(
+            return [f"{kind}, {len(found)} runs", f"{seconds:,.0f} s", summary_line(
                 joined_summary(results))]
-        return [found[0]["stage"], f"{seconds:,.0f} s",
+        return [found[0]["stage"], f"{seconds:,.0f} s",
                 summary_line({} if kind == "evaluate" else results[0])]
     return [row(kind, found) for kind, found in kinds.items()]
 
@@ -548,6 +554,8 @@ def pipeline_blocks(run:Path, parts:list)->list:
 ONLINE_CURVES = {"objective/scores": "reward", "objective/kl": "KL, nats per response",
                  "objective/entropy": "entropy, nats per response",
                  "completions/mean_length": "length, tokens"}
+LOSS_CURVES = {"loss/start": "loss, share of its start",
+               **{k: label for k, label in CURVES.items() if k != "loss"}}
 
 def training_blocks(run:Path, parts:list, summary:dict=None)->list:
     "What every training logged, over its steps."
@@ -556,18 +564,25 @@ def training_blocks(run:Path, parts:list, summary:dict=None)->list:
         path = run/part/"training_log.jsonl"
         section, _, name = part.partition("/")
         if section in found and path.exists():
-            rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-            found[section][name] = rows
+            found[section][name] = _from_start(
+                [json.loads(line) for line in path.read_text("utf-8").splitlines()])
     labels = {n: run_label(n, p) for n, p in about.items()}
     blocks = []
     if found["calibrate"]: blocks.append(
-        Figure("training", figure_bytes(plot_training_curves(found["calibrate"], labels=labels)),
+        Figure("training", figure_bytes(plot_training_curves(found["calibrate"], LOSS_CURVES, labels)),
                "Metrics of the trainings on stored candidates. Losses of different methods are on "
-               "different scales; R² = 1 − loss/2 is defined for VCB's losses only."))
+               "different scales, so each is divided by its first value; R² = 1 − loss/2 is defined "
+               "for VCB's losses only."))
     if found["online"]: blocks.append(
         Figure("online", figure_bytes(plot_training_curves(found["online"], ONLINE_CURVES, labels)),
                "The policies' own samples while they train: reward, KL from SFT, entropy, length."))
     return [Details("Training curves", blocks)]*bool(blocks)
+
+def _from_start(log:list)->list:
+    "The log with each loss also as a share of the first, where that is above 0."
+    first = next((row["loss"] for row in log if "loss" in row), 0)
+    return [row | {"loss/start": row["loss"]/first} if "loss" in row and first > 0 else row
+            for row in log]
 
 # %% ../nbs/runs/04_report.ipynb #9a2bff1e
 @dataclass
@@ -614,7 +629,6 @@ def report(config:ReportConfig)->dict: # where the pages are
     reward = _read_if(run/"reward"/"evaluation.json")
     judged = _read_if(run/"judge"/"summary.json") if "judge" in parts else None
     blocks = finding_blocks(summary, per_prompt, reward, judged)
-    if summary: blocks += frontier_blocks(summary)
     blocks += reward_blocks(reward)
     if judged: blocks += judge_blocks(run)
     if summary:
