@@ -25,7 +25,10 @@ SYMBOLS = dict(gamma="γ", beta="β", tau="τ", delta="δ", lam="λ", alpha="α"
 
 def strength_label(strength:str, value)->str: # 'γ=0.5'; '' where there is no strength
     "A hyper-parameter and its value."
-    return "" if value is None else f"{SYMBOLS.get(strength, strength)}={value:g}"
+    return "" if value is None else f"{_symbol(strength)}{value:g}"
+
+def _symbol(strength:"str | None")->str: # 'γ='; '' for a strength without a name
+    return f"{SYMBOLS.get(strength, strength)}=" if strength else ""
 
 def run_label(name:str, # of the run
               policy:dict=None, # its {method, strength, value}; None: use the name
@@ -114,8 +117,7 @@ def _sweep_label(method:str, points:list)->str: # 'VCB γ=2, 1, 0.5'
     values = [f"{p['value']:g}" for p in points if p["value"] is not None]
     if not values: return method_label(method)
     if len(values) > 4: values = [values[0], "…", values[-1]]
-    first = points[0]["strength"]
-    return f"{method_label(method)} {SYMBOLS.get(first, first)}={', '.join(values)}"
+    return f"{method_label(method)} {_symbol(points[0]['strength'])}{', '.join(values)}"
 
 def _gaussian_bound(ax, sigma):
     "Gain at a given KL that no policy exceeds where rewards are Gaussian under SFT."
@@ -170,8 +172,9 @@ def plot_gaps(summary:dict, # of `evaluate`
         _gap_cloud(ax, points*np.sign(points[:, :1]), p, bins, label, shift=.012*i)
         if p["strength"] == "gamma" and p["value"]: _target_line(ax, p)
     ax.axhline(0, color=OTHER_COLOR, linewidth=.8)
-    ax.set(xlabel="reward gap of a pair, units of σ(x)", ylabel="log-ratio gap, nats", xlim=(0, None),
-           ylim=_inner_range(summary, policies), title="Do log-ratios follow rewards?")
+    ax.set(xlabel="reward gap of a pair, units of σ(x)", ylabel="log-ratio gap, nats",
+           title="Do log-ratios follow rewards?", xlim=(0, None),
+           ylim=_inner_range(summary, policies))
     _legend_below(fig, ax, columns=1)
     return fig
 
@@ -182,8 +185,8 @@ def _gap_cloud(ax, points, policy, bins, label, shift):
     parts = [q for q in np.array_split(points, bins) if len(q)]
     x, middle = (np.array([np.median(q[:, k]) for q in parts]) for k in (0, 1))
     low, high = (np.array([np.quantile(q[:, 1], s) for q in parts]) for s in (.25, .75))
-    ax.errorbar(x*(1 + shift), middle, yerr=[middle - low, high - middle], elinewidth=1.4, capsize=3,
-                **method_style(policy["method"], label=label, markersize=7))
+    ax.errorbar(x*(1 + shift), middle, yerr=[middle - low, high - middle], elinewidth=1.4,
+                capsize=3, **method_style(policy["method"], label=label, markersize=7))
 
 def _inner_range(summary, policies)->tuple: # (low, high); None where there is no pair
     "The range of all but the outermost log-ratio gaps, of which a few would flatten the rest."

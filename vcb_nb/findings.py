@@ -37,7 +37,8 @@ def decimals(estimates:list # of one column; None where nothing was measured
             )->"int | None": # None: no interval says it
     "Decimals that show the median width of the intervals with one or two digits."
     found = [e for e in estimates if e and e["low"] is not None and e["high"] is not None]
-    widths = [e["high"] - e["low"] for e in found if e["high"] > e["low"]]
+    widths = [e["high"] - e["low"] for e in found
+              if e["high"] - e["low"] > 1e-9*max(abs(e["high"]), abs(e["low"]))] # not of rounding
     if not widths: return None
     return min(max(1 - math.floor(math.log10(1.5*float(np.median(widths)))), 0), 6)
 
@@ -81,7 +82,7 @@ def common_kl(summary:dict, split:str="test")->"float | None": # nats; None: the
 
 # %% ../nbs/foundations/27_findings.ipynb #eae96765
 def at_equal_kl(summary:dict, split:str="test")->dict: # method → policy name
-    "One policy per method, SFT included, all at about the same KL: the largest that every one reaches."
+    "One policy per method, and SFT, all at about the same KL: the largest that every one reaches."
     sweeps, target = sweeps_of(summary), common_reach(summary, split)
     start = {"sft": "sft"} if "sft" in summary["policies"] else {}
     if target is None: return start | {method: names[0] for method, names in sweeps.items()}
@@ -174,7 +175,7 @@ def largest_sentence(summary:dict, judge:str)->list:
 
 # %% ../nbs/foundations/27_findings.ipynb #89966c2c
 def contrast_pair(summary:dict)->list: # names of at most two policies
-    "VCB beside DPO at about the same KL; where one is missing, the next method that was calibrated."
+    "VCB beside DPO at about the same KL; where one is missing, the next calibrated method."
     chosen = {m: n for m, n in at_equal_kl(summary).items()
               if m != "sft" and summary["policies"][n].get("calibration")}
     first = [m for m in ("vcb", "vcb_online", "vcb_lse") if m in chosen][:1]
@@ -245,6 +246,7 @@ def _reward_findings(summary, per_prompt, judges)->list:
     said += largest_sentence(summary, judge)
     if not per_prompt: said.append("per_prompt.json is missing, so methods are not compared prompt "
                                    "by prompt. Run the stage evaluate again.")
-    if judge == "reward": said.append("No gold reward is known here. Where the methods were trained "
-                                      "on the judging reward, part of a gain can be its errors.")
+    if judge == "reward": said.append("No gold reward is known here. Where the methods were "
+                                      "trained on the judging reward, part of a gain can be its "
+                                      "errors.")
     return said

@@ -242,12 +242,12 @@ def _gain_columns(summary:dict, per_prompt:"dict | None")->list: # (title, compa
 # %% ../nbs/runs/04_report.ipynb #bff21b83
 def _gain_cells(found:dict)->dict: # method → cell
     "A column: its best value bold, its ties marked."
-    digits, tied, (best, *_) = decimals(list(found["gains"].values())), ties_of(found), found["gains"]
+    gains, tied = found["gains"], ties_of(found)
+    digits, best = decimals(list(gains.values())), next(iter(gains)) if len(gains) > 1 else None
     def one(method, e):
         text = rounded(e, digits)
         return Marked([(text, "strong")]) if method == best else "≈ "*(method in tied) + text
-    if len(found["gains"]) == 1: best = None
-    return {method: one(method, e) for method, e in found["gains"].items()}
+    return {method: one(method, e) for method, e in gains.items()}
 
 def methods_table(summary:dict, per_prompt:dict=None)->Table:
     "One row per method: rewards gained at the same KL, and how a policy near it is calibrated."
@@ -271,8 +271,8 @@ def fit_note(summary:dict)->str: # '' where nothing was calibrated
         return run_label(policy["method"], policy) + at
     policies = [summary["policies"][n] for m, n in at_equal_kl(summary).items() if m != "sft"]
     if not any(p.get("calibration") for p in policies): return ""
-    return ("Correlation and slope of log-ratios on rewards, on held-out candidates, are those of the "
-            f"policy nearest to that KL: {', '.join(map(one, policies))}.")
+    return ("Correlation and slope of log-ratios on rewards, on held-out candidates, are those of "
+            f"the policy nearest to that KL: {', '.join(map(one, policies))}.")
 
 # %% ../nbs/runs/04_report.ipynb #30ccaca7
 def frontier_blocks(summary:dict)->list:
@@ -303,10 +303,10 @@ def gap_blocks(summary:dict)->list:
     if not pair: return []
     names = " and ".join(run_label(n, summary["policies"][n]) for n in pair)
     return [Figure("gaps", figure_bytes(plot_gaps(summary, pair)),
-                   "Does a larger reward gap get a larger log-ratio gap? Each small point is a pair of "
-                   "held-out candidates of one prompt, the better minus the worse; large points are "
-                   "medians and bars hold the middle half of the pairs. At VCB's optimum all pairs lie "
-                   "on the dashed line of slope 1/γ.",
+                   "Does a larger reward gap get a larger log-ratio gap? Each small point is a pair "
+                   "of held-out candidates of one prompt, the better minus the worse; large points "
+                   "are medians and bars hold the middle half of the pairs. At VCB's optimum all "
+                   "pairs lie on the dashed line of slope 1/γ.",
                    f"Scatter of log-ratio gap against reward gap for {names}, with medians.")]
 
 # %% ../nbs/runs/04_report.ipynb #21e76ed1
@@ -319,8 +319,8 @@ def reward_blocks(evaluation:"dict | None")->list:
             f"{e['pairs']:,} held-out pairs.")
     return [Heading("Reward model"),
             Figure("reward_model", figure_bytes(plot_reliability(e)),
-                   "How often the response that the reward model prefers is the chosen one, against "
-                   "how sure it is. On the dotted line it is as often right as it claims.",
+                   "How often the response that the reward model prefers is the chosen one, "
+                   "against how sure it is. On the dotted line it is as often right as it claims.",
                    "Reliability of the reward model and number of pairs per bin."), Text(text)]
 
 # %% ../nbs/runs/04_report.ipynb #bea04080
@@ -410,18 +410,23 @@ def sample_blocks(summary:dict, samples:dict, # policy → list of rows {prompt,
     known = bool(rewards) and all(n in rewards for n in chosen)
     for i in numbers:
         cells = zip(chosen, mark_own_words(texts[i]))
-        rows = [[run_label(n, policies[n]), *[number_text(rewards[n][i][0], 2)]*known, text]
+        rows = [[run_label(n, policies[n]), *_reward_cell(rewards, known, n, i), text]
                 for n, text in cells]
-        blocks += [Heading(f"Prompt {i + 1}", 3), Text(prompt_text(samples[chosen[0]][i]["prompt"])),
+        blocks += [Heading(f"Prompt {i + 1}", 3),
+                   Text(prompt_text(samples[chosen[0]][i]["prompt"])),
                    Table(["policy", *["reward"]*known, "response"], rows, name=f"Prompt {i + 1}")]
     return blocks
 
+def _reward_cell(rewards, known:bool, name, i)->list:
+    return [number_text(rewards[name][i][0], 2)] if known else []
+
 def _samples_note(shown:int, prompts:int)->str:
-    which = (f"Of {prompts} test prompts, the {shown} on which the responses differ most, chosen by "
-             "the share of words that they do not have in common" if shown < prompts else
+    which = (f"Of {prompts} test prompts, the {shown} on which the responses differ most, chosen "
+             "by the share of words that they do not have in common" if shown < prompts else
              "All test prompts")
-    return (f"{which}; the first sample of each policy. Of each method's sweep, the policy nearest to "
-            "the KL that all methods reach. Marked: words that no other response in the table has.")
+    return (f"{which}; the first sample of each policy. Of each method's sweep, the policy nearest "
+            "to the KL that all methods reach. Marked: words that no other response in the table "
+            "has.")
 
 # %% ../nbs/runs/04_report.ipynb #d0f67f9d
 def policies_table(summary:dict, split:str="test")->Table:
@@ -486,8 +491,8 @@ def _text_blocks(summary:dict)->list:
     shown = [n for n in at_equal_kl(summary).values() if summary["policies"][n].get("calibration")]
     if shown: blocks.append(
         Figure("calibration", figure_bytes(plot_calibration(summary, shown)),
-               "Log-ratio gap against reward gap for pairs of held-out candidates of one prompt; one "
-               "policy per method, at about the same KL."))
+               "Log-ratio gap against reward gap for pairs of held-out candidates of one prompt; "
+               "one policy per method, at about the same KL."))
     return [*blocks, Figure("texts", figure_bytes(plot_samples(summary)),
                             "Length, share finished and diversity of every policy's samples.")]
 
@@ -516,7 +521,7 @@ def joined_summary(summaries:list)->dict:
     def one(key):
         values = list(dict.fromkeys(p[key] for p in plain))
         if len(values) == 1: return values[0]
-        if any(isinstance(v, str) for v in values): return ", ".join(method_label(str(v)) for v in values)
+        if any(isinstance(v, str) for v in values): return ", ".join(map(method_label, values))
         return f"{number_text(min(values))} to {number_text(max(values))}"
     dropped = Counter()
     for s in summaries: dropped.update(dict(_left_out(s)))
@@ -554,6 +559,10 @@ def pipeline_blocks(run:Path, parts:list)->list:
 ONLINE_CURVES = {"objective/scores": "reward", "objective/kl": "KL, nats per response",
                  "objective/entropy": "entropy, nats per response",
                  "completions/mean_length": "length, tokens"}
+ONLINE_NOTE = "The policies' own samples while they train: reward, KL from SFT, entropy, length."
+OFFLINE_NOTE = ("Metrics of the trainings on stored candidates. Losses of different methods are on "
+                "different scales, so each is divided by its first value; R² = 1 − loss/2 is "
+                "defined for VCB's losses only.")
 LOSS_CURVES = {"loss/start": "loss, share of its start",
                **{k: label for k, label in CURVES.items() if k != "loss"}}
 
@@ -567,15 +576,11 @@ def training_blocks(run:Path, parts:list, summary:dict=None)->list:
             found[section][name] = _from_start(
                 [json.loads(line) for line in path.read_text("utf-8").splitlines()])
     labels = {n: run_label(n, p) for n, p in about.items()}
-    blocks = []
-    if found["calibrate"]: blocks.append(
-        Figure("training", figure_bytes(plot_training_curves(found["calibrate"], LOSS_CURVES, labels)),
-               "Metrics of the trainings on stored candidates. Losses of different methods are on "
-               "different scales, so each is divided by its first value; R² = 1 − loss/2 is defined "
-               "for VCB's losses only."))
-    if found["online"]: blocks.append(
-        Figure("online", figure_bytes(plot_training_curves(found["online"], ONLINE_CURVES, labels)),
-               "The policies' own samples while they train: reward, KL from SFT, entropy, length."))
+    def figure(section, curves, caption):
+        drawn = figure_bytes(plot_training_curves(found[section], curves, labels))
+        return Figure("training" if section == "calibrate" else section, drawn, caption)
+    kinds = (("calibrate", LOSS_CURVES, OFFLINE_NOTE), ("online", ONLINE_CURVES, ONLINE_NOTE))
+    blocks = [figure(*kind) for kind in kinds if found[kind[0]]]
     return [Details("Training curves", blocks)]*bool(blocks)
 
 def _from_start(log:list)->list:
