@@ -286,7 +286,8 @@ def frontier_blocks(summary:dict)->list:
 
 # %% ../nbs/runs/04_report.ipynb #242b1147
 FINDINGS_NOTE = ("Means over prompts; brackets are 95 % bootstrap intervals, for which prompts are "
-                 "resampled. KL is estimated on the policies' own samples.")
+                 "resampled. KL is estimated on the policies' own samples. A gain at a KL is read "
+                 "from the line through SFT and a method's policies.")
 
 def finding_blocks(summary, per_prompt, reward, judged)->list:
     "The sentences, the table of methods, and the picture of what calibration means."
@@ -303,8 +304,8 @@ def gap_blocks(summary:dict)->list:
     if not pair: return []
     names = " and ".join(run_label(n, summary["policies"][n]) for n in pair)
     return [Figure("gaps", figure_bytes(plot_gaps(summary, pair)),
-                   "Does a larger reward gap get a larger log-ratio gap? Each small point is a pair "
-                   "of held-out candidates of one prompt, the better minus the worse; large points "
+                   "Does a larger reward gap get a larger log-ratio gap? Each small point is a "
+                   "pair of held-out candidates of one prompt, the better minus the worse; large points "
                    "are medians and bars hold the middle half of the pairs. At VCB's optimum all "
                    "pairs lie on the dashed line of slope 1/γ.",
                    f"Scatter of log-ratio gap against reward gap for {names}, with medians.")]
