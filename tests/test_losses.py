@@ -618,7 +618,7 @@ def test_sigma_divides_the_rewards_of_the_relatives():
 
 
 def test_calibration_metrics():
-    "At the optimum slope 1/gamma, R squared and correlation 1; 0 at the start. R squared is 1 - M/2."
+    "Slope 1/gamma, R squared and correlation 1 at the optimum; 0 at the start. R² is 1 - M/2."
     logps, ref, rewards, _ = batch(23)
     sigma, zero = rewards.std(1, keepdim=True), torch.zeros(4, 5).double()
     at_best = calibration_metrics(rewards / (.25 * sigma) + 7, rewards, gamma=.25)

@@ -83,6 +83,7 @@ def plot_frontier(summary:dict, # of `evaluate`
                   split:str="test", # or 'ood'
                   judge:str="gold", # or 'reward'
                   sigma:float=None, # std of rewards under SFT: draws the bound of Gaussian rewards
+                  at:float=None, # nats: marks the KL at which methods are compared
                  ): # Figure
     "Reward gained over SFT against KL from it, a line per method, intervals both ways."
     fig, (ax,) = _panels(1, 4.2, 4.)
@@ -91,6 +92,8 @@ def plot_frontier(summary:dict, # of `evaluate`
         points = [p for p in points if p["kl"] and p[f"{judge}_gain"]]
         if points: _frontier_line(ax, method, points, f"{judge}_gain")
     if sigma: _gaussian_bound(ax, sigma)
+    if at: ax.axvline(at, color=OTHER_COLOR, linewidth=1.2, linestyle=":",
+                      label=f"{at:g} nats: compared here")
     ax.set(xlabel=r"$\mathrm{KL}(\pi\,\|\,\pi_\mathrm{sft})$, nats per response",
            ylabel=f"{JUDGE_LABELS[judge]}, gain over SFT",
            title=f"Reward–KL frontier, {SPLIT_LABELS.get(split, split)}")
@@ -110,7 +113,13 @@ def _frontier_line(ax, method, points, gain):
     x, y = [e["value"] for e in kl], [e["value"] for e in reward]
     color, bars = method_color(method), dict(elinewidth=1., capsize=0, linestyle="", alpha=.4)
     ax.errorbar(x, y, xerr=error_lengths(kl), yerr=error_lengths(reward), color=color, **bars)
+    _way_from_sft(ax, x[0], y[0], color)
     ax.plot(x, y, **method_style(method, label=_sweep_label(method, points)))
+
+def _way_from_sft(ax, kl, gain, color):
+    "A thin line from SFT to a method's first point, linear in √KL."
+    way = np.linspace(0, max(kl, 0), 40)
+    if kl > 0: ax.plot(way, gain*np.sqrt(way/kl), color=color, marker="", linewidth=.9, alpha=.5)
 
 def _sweep_label(method:str, points:list)->str: # 'VCB γ=2, 1, 0.5'
     "A method and the strengths of its points; of many, the two ends."

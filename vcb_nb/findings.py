@@ -129,7 +129,7 @@ def ties_of(found:dict)->list: # methods
     "Which methods cannot be told from the best."
     return [m for m, difference in found["behind"].items() if not told_apart(difference)]
 
-# %% ../nbs/foundations/27_findings.ipynb #ab8bcf18
+# %% ../nbs/foundations/27_findings.ipynb #2965998c
 def _listed(names:list)->str: # 'a, b and c'
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
@@ -162,7 +162,7 @@ def _next_sentence(found:dict, judge:str)->str:
     if others: text += f"; nor can they tell {method_label(best)} from {_listed(others)}"
     return text + "."
 
-# %% ../nbs/foundations/27_findings.ipynb #ef009da9
+# %% ../nbs/foundations/27_findings.ipynb #df7eedd4
 def largest_sentence(summary:dict, judge:str)->list:
     "The policy with the largest gain at any KL; nothing where there is one policy only."
     policies = {n: p for n, p in summary["policies"].items() if n != "sft"}
@@ -173,7 +173,7 @@ def largest_sentence(summary:dict, judge:str)->list:
     return [f"The largest gain at any distance is that of {run_label(best, policies[best])}: "
             f"{_gain_of(gains[best], judge)}" + (f", at {rounded(kl)} nats." if kl else ".")]
 
-# %% ../nbs/foundations/27_findings.ipynb #89966c2c
+# %% ../nbs/foundations/27_findings.ipynb #bf473686
 def contrast_pair(summary:dict)->list: # names of at most two policies
     "VCB beside DPO at about the same KL; where one is missing, the next calibrated method."
     chosen = {m: n for m, n in at_equal_kl(summary).items()
@@ -194,7 +194,7 @@ def calibration_sentence(summary:dict)->list:
     if not found: return []
     return ["Log-ratio gaps against reward gaps, on held-out candidates: " + "; ".join(found) + "."]
 
-# %% ../nbs/foundations/27_findings.ipynb #cd16c4d4
+# %% ../nbs/foundations/27_findings.ipynb #0a755cd0
 def reward_sentence(evaluation:"dict | None" # of the reward stage
                    )->list:
     "How often the reward model prefers the chosen response."
@@ -221,7 +221,7 @@ def judge_sentence(judged:"dict | None", # summary of the judge stage
 SEED_SENTENCE = ("Every policy was trained once, so one seed cannot tell how much another training "
                  "would differ: the intervals cover the choice of prompts only.")
 
-# %% ../nbs/foundations/27_findings.ipynb #71591188
+# %% ../nbs/foundations/27_findings.ipynb #0ca1ad09
 def findings(summary:"dict | None", # of `evaluate`; None: it has not run
              per_prompt:dict=None, # of `evaluate`
              reward:dict=None, # evaluation of the reward model

@@ -278,9 +278,11 @@ def fit_note(summary:dict)->str: # '' where nothing was calibrated
 def frontier_blocks(summary:dict)->list:
     "Reward gained against KL paid, by every judge; none where KL was not measured."
     if summary["policies"]["sft"]["splits"]["test"]["kl"] is None: return []
-    return [Figure(f"frontier_{judge}", figure_bytes(plot_frontier(summary, judge=judge)),
+    at = common_kl(summary) if len(sweeps_of(summary)) > 1 else None
+    return [Figure(f"frontier_{judge}", figure_bytes(plot_frontier(summary, judge=judge, at=at)),
                    f"{JUDGE_NAMES[judge].capitalize()} gained over SFT against KL from SFT; each "
-                   "line is one method over its sweep. Higher at the same KL is better.",
+                   "line is one method over its sweep, with intervals both ways; thin lines come "
+                   "from SFT. Higher at the same KL is better.",
                    f"Reward–KL frontier by {JUDGE_NAMES[judge]}, one line per method.")
             for judge in judges_of(summary)]
 
@@ -305,8 +307,8 @@ def gap_blocks(summary:dict)->list:
     names = " and ".join(run_label(n, summary["policies"][n]) for n in pair)
     return [Figure("gaps", figure_bytes(plot_gaps(summary, pair)),
                    "Does a larger reward gap get a larger log-ratio gap? Each small point is a "
-                   "pair of held-out candidates of one prompt, the better minus the worse; large points "
-                   "are medians and bars hold the middle half of the pairs. At VCB's optimum all "
+                   "pair of held-out candidates of one prompt, the better minus the worse; large "
+                   "points are medians and bars hold the middle half of the pairs. At VCB's optimum all "
                    "pairs lie on the dashed line of slope 1/γ.",
                    f"Scatter of log-ratio gap against reward gap for {names}, with medians.")]
 
