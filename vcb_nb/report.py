@@ -85,7 +85,7 @@ PAGE_STYLE = f"""
 :root {{ color-scheme: light dark; }}
 {_variables("light")}
 @media (prefers-color-scheme: dark) {{ {_variables("dark")}
-  img {{ filter: invert(.93) hue-rotate(180deg); }} }}
+  img {{ filter: invert(.938) hue-rotate(180deg) brightness(1.15); }} }}
 """ + """
 * { box-sizing: border-box; }
 body { font: 1rem/1.6 system-ui, sans-serif; margin: 0 auto; padding: 1rem 1rem 4rem;
