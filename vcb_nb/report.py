@@ -308,8 +308,8 @@ def gap_blocks(summary:dict)->list:
     return [Figure("gaps", figure_bytes(plot_gaps(summary, pair)),
                    "Does a larger reward gap get a larger log-ratio gap? Each small point is a "
                    "pair of held-out candidates of one prompt, the better minus the worse; large "
-                   "points are medians and bars hold the middle half of the pairs. At VCB's optimum all "
-                   "pairs lie on the dashed line of slope 1/γ.",
+                   "points are medians, and bars hold the middle half of the pairs. At VCB's "
+                   "optimum all pairs lie on the dashed line of slope 1/γ.",
                    f"Scatter of log-ratio gap against reward gap for {names}, with medians.")]
 
 # %% ../nbs/runs/04_report.ipynb #21e76ed1
