@@ -13,7 +13,8 @@ LAYERS = [["losses"], ["worlds"], ["plots"], ["figures", "explorables"], ["widge
           ["data", "world"], ["tokenizers"],
           ["models"], ["adapters"], ["loading"], ["saving", "batches"],
           ["packing", "preflight"], ["prepare", "logprobs", "training", "measures"],
-          ["judges", "decoding"], ["checks", "chat_api", "verdicts", "contrasts"], ["ppo"],
+          ["judges", "decoding"], ["checks", "chat_api", "verdicts", "contrasts"],
+          ["findings"], ["ppo"],
           ["sft", "reward", "sample", "calibrate"], ["score", "online"], ["evaluate"],
           ["diagnosis"], ["judge"], ["live"], ["stages"], ["recipes"], ["pipeline"], ["budget"],
           ["cards"], ["report"], ["inspection", "study"],
@@ -24,6 +25,7 @@ TORCH_ONLY = {"losses": {"torch"}, "worlds": {"torch"}, "explorables": set(),
               "plots": {"matplotlib"}, "figures": {"matplotlib", "numpy"},
               "artifacts": {"tqdm", "filelock"}, "settings": set(),
               "measures": {"numpy", "torch"}, "verdicts": {"numpy"}, "contrasts": {"numpy"},
+              "findings": {"numpy"},
               "judge": set(),
               "chat_api": {"openai"}, "stages": set()}
 

@@ -665,6 +665,8 @@ def test_no_step_looks_at_the_ids(trainer_of, rows, monkeypatch):
         (dict(loss_params={"gamma": "high"}), "Give a number"),
         (dict(sigma="pooled"), "sigma"),
         (dict(reference="lvie"), "Did you mean 'live'"),
+        (dict(loss="dpo", metric_for_best_model="calibration/r2", eval_strategy="steps",
+              load_best_model_at_end=True), "metric_for_best_model is 'calibration/r2'"),
     ],
 )
 def test_bad_settings_are_refused_at_once(settings, said):

@@ -23,7 +23,7 @@ def diagnosis(policy, reference, candidates, out, **changes):
 
 def test_diagnose_a_model_against_itself(world, tmp_path):
     found = diagnosis(world/"sft", world/"sft", world/"candidates.jsonl", tmp_path)
-    assert (found["slope"]["value"] == found["r2"]["value"] == 0
+    assert (found["slope"]["value"] == found["pearson"]["value"] == 0
             and found["implied_gamma"]["value"] is None)
     assert (tmp_path/"calibration.png").read_bytes().startswith(b"\x89PNG")
     assert read_json(tmp_path/"diagnose.json") == json.loads(json.dumps(found))
@@ -51,7 +51,7 @@ def test_diagnose_recovers_a_planted_slope(tmp_path, tiny_tokenizer, architectur
                     [{**row, "rewards": r.tolist()} for row, r in zip(rows, ratios)])
         found = diagnosis(tmp_path/"policy", tmp_path/"sft", tmp_path/"own.jsonl",
                           tmp_path/f"second{sign}", sigma="dataset")
-        assert found["r2"]["value"] == pytest.approx(1) == abs(found["pearson"]["value"])
+        assert found["pearson"]["value"] == pytest.approx(sign)
         assert abs(found["slope"]["value"]) == pytest.approx(found["sigma"][0], rel=1e-5)
 
 
@@ -105,7 +105,7 @@ def test_diagnose_real_candidates(world, shared_data, tmp_path):
     found = diagnosis(world/"policy", world/"sft", shared_data/"scored_summeval"/"dev.jsonl.gz",
                       tmp_path, limit=4, max_prompt_length=48, max_new_tokens=48)
     assert (found["slope"]["prompts"] == 4 and found["candidates"] > 40
-            and 0 <= found["r2"]["value"] <= 1)
+            and -1 <= found["pearson"]["value"] <= 1)
 
 
 def test_other_tokenizer_is_refused(world, tmp_path):

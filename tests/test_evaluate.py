@@ -1,5 +1,5 @@
 "Evaluation: the whole stage on tiny models, and its figures."
-import json, math
+import json, math, re
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,7 +129,7 @@ def test_reference_is_at_zero(evaluated):
     on samples and on candidates."""
     sft, policy = evaluated[1]["policies"].values()
     assert sft["splits"]["test"]["kl"]["value"] == sft["splits"]["test"]["kl_k3"]["value"] == 0
-    assert sft["calibration"]["slope"]["value"] == sft["calibration"]["r2"]["value"] == 0
+    assert sft["calibration"]["slope"]["value"] == sft["calibration"]["pearson"]["value"] == 0
     assert policy["splits"]["test"]["kl_k3"]["value"] > 0 != policy["calibration"]["slope"]["value"]
 
 
@@ -268,20 +268,22 @@ def test_every_figure_draws_a_real_summary(evaluated):
         drawn(figures.plot_win_matrix(summary, judge, split))
     for plot in (figures.plot_calibration, figures.plot_rewards, figures.plot_samples):
         drawn(plot(summary))
+    drawn(figures.plot_gaps(summary, list(summary["policies"])))
     assert plt.get_fignums() == open_before, "figures that were turned into bytes are closed"
 
 
 def test_one_prompt_has_no_interval(world, tmp_path):
     "Null in the summary, a dash in the report's tables, no bar in its figures."
-    from vcb_nb.report import judges_of, method_blocks, methods_table, render_html
+    from vcb_nb.report import methods_table, policies_table, policy_blocks, render_html
     summary = evaluate(config_of(world, tmp_path/"evaluate", limit=1))
     policy = summary["policies"]["vcb-gamma0.5"]
     for found in (policy["splits"]["test"]["gold"], policy["splits"]["test"]["kl"],
                   policy["calibration"]["slope"],
                   summary["comparisons"]["test"]["gold"]["sft"]["vcb-gamma0.5"]["margin"]):
         assert found["low"] is None and found["high"] is None and math.isfinite(found["value"])
-    assert "[–]" in str(methods_table(summary).rows) and judges_of(summary)
-    assert "nan" not in render_html("t", method_blocks(summary)).lower().split("data:")[0]
+    assert "[–]" in str(policies_table(summary).rows)
+    both = [methods_table(summary), *policy_blocks(summary)]
+    assert "nan" not in re.sub("data:[^\"]*", "", render_html("t", both)).lower()
     test_every_figure_draws_a_real_summary((None, summary))
 
 
@@ -289,7 +291,7 @@ def test_calibration_panel_names_slope_and_target(evaluated):
     fig = figures.plot_calibration(evaluated[1], ["vcb-gamma0.5"])
     ax = fig.axes[0]
     slope = evaluated[1]["policies"]["vcb-gamma0.5"]["calibration"]["slope"]["value"]
-    assert ax.get_title(loc="left").startswith(f"VCB γ=0.5\nslope {slope:.2f}, R²")
+    assert ax.get_title(loc="left").startswith(f"VCB γ=0.5\nslope {slope:.2f}, correlation")
     fit, target = ax.get_lines()
     assert np.ptp(target.get_ydata())/np.ptp(target.get_xdata()) == pytest.approx(2)
     plt.close(fig)

@@ -228,7 +228,7 @@ def test_a_recipe_judges_what_it_has_evaluated(judged):
 def test_the_report_shows_the_judge_and_its_faults(judged):
     folder, _, _ = judged
     page = (folder/"report"/"report.md").read_text("utf-8")
-    assert "## Judge" in page and "| again | sft | 8 |" in page
+    assert "## Judge" in page and "| again | SFT | 8 |" in page
     assert "Position bias 0%" in page and "what the gold reward prefers in 100%" in page
 
 

@@ -618,17 +618,21 @@ def test_sigma_divides_the_rewards_of_the_relatives():
 
 
 def test_calibration_metrics():
-    "Slope 1/gamma and R squared 1 at the optimum, 0 at the start; R squared with gamma is 1 - M/2."
+    "Slope 1/gamma, R squared and correlation 1 at the optimum; 0 at the start. R² is 1 - M/2."
     logps, ref, rewards, _ = batch(23)
     sigma, zero = rewards.std(1, keepdim=True), torch.zeros(4, 5).double()
     at_best = calibration_metrics(rewards / (.25 * sigma) + 7, rewards, gamma=.25)
-    close([at_best["slope"].item(), at_best["r2"].item()], [4., 1.])
-    for gamma in (None, .3): close(calibration_metrics(zero, rewards, gamma=gamma)["r2"].item(), 0.)
+    close([at_best[k].item() for k in ("slope", "r2", "correlation")], [4., 1., 1.])
+    assert {k: v.item() for k, v in calibration_metrics(zero, rewards, gamma=.3).items()} == {
+        "slope": 0., "correlation": 0., "r2": 0.}
     got = calibration_metrics(logps - ref, rewards, gamma=.3)["r2"]
     close(got, 1 - vcb_loss(logps, ref, rewards, gamma=.3).mean() / 2)
-    free = calibration_metrics(logps - ref, rewards)["r2"]
-    assert 0 <= free <= 1 and free >= got
-    assert calibration_metrics(-5 * rewards, rewards, gamma=1.)["r2"] < 0
+    free = calibration_metrics(logps - ref, rewards)
+    assert got <= free["correlation"]**2 <= 1 and "r2" not in free
+    z, l = (x - x.mean(1, keepdim=True) for x in (rewards / sigma, logps - ref))
+    close(free["correlation"], torch.corrcoef(torch.stack([z.flatten(), l.flatten()]))[0, 1])
+    backwards = calibration_metrics(-5 * rewards, rewards, gamma=1.)
+    assert backwards["r2"] < 0 and backwards["correlation"] < 0
 
 
 def test_only_vcb_aims_at_a_slope():

@@ -270,20 +270,20 @@ def rewards():
 
 
 def test_calibration_at_the_start_and_at_the_optimum(rewards):
-    "At π = π_sft slope and R² are 0; at ℓ = r/(γσ) + c(x) the slope is 1/γ and R² is 1."
+    "At π = π_sft slope and correlation are 0; at ℓ = r/(γσ) + c(x) they are 1/γ and 1."
     start = calibration(np.zeros_like(rewards), rewards, n_boot=50)
-    assert start["slope"]["value"] == start["r2"]["value"] == start["spearman"]["value"] == 0
+    assert start["slope"]["value"] == start["pearson"]["value"] == start["spearman"]["value"] == 0
     assert start["implied_gamma"] == dict(value=None, low=None, high=None)
     c = np.random.default_rng(2).normal(size=(30, 1))*10
     optimum = calibration(rewards/(.25*rewards.std(1, ddof=1, keepdims=True)) + c, rewards,
                           n_boot=50)
-    for name, value in dict(slope=4, r2=1, pearson=1, spearman=1, implied_gamma=.25).items():
+    for name, value in dict(slope=4, pearson=1, spearman=1, implied_gamma=.25).items():
         assert optimum[name]["value"] == pytest.approx(value)
         assert optimum[name]["low"] == pytest.approx(value) == optimum[name]["high"]
 
 
 def test_calibration_agrees_with_the_losses_metrics(rewards):
-    "Pitfall 17: slope and R² are those that training logs, on ragged rows too."
+    "Pitfall 17: slope and correlation are those that training logs, on ragged rows too."
     ratios = np.random.default_rng(3).normal(size=rewards.shape) + rewards
     counts = [2 + i % 5 for i in range(30)]
     r, l = ([list(row[:n]) for row, n in zip(v, counts)] for v in (rewards, ratios))
@@ -292,14 +292,14 @@ def test_calibration_agrees_with_the_losses_metrics(rewards):
         x, m = pad_ragged(rows["rewards"])
         expected = calibration_metrics(pad_ragged(rows["logratios"])[0], x, mask=m)
         found = calibration(**rows, n_boot=10)
-        for name in ("slope", "r2"):
-            assert found[name]["value"] == pytest.approx(float(expected[name]), rel=1e-9)
+        for name, logged in (("slope", "slope"), ("pearson", "correlation")):
+            assert found[name]["value"] == pytest.approx(float(expected[logged]), rel=1e-9)
 
 
-def test_spearman_sees_order_and_r2_spacing(rewards):
+def test_spearman_sees_order_and_pearson_spacing(rewards):
     z = rewards/rewards.std(1, ddof=1, keepdims=True)
     found = calibration(np.exp(2*z), rewards, n_boot=10)
-    assert found["spearman"]["value"] == pytest.approx(1) and found["r2"]["value"] < .9
+    assert found["spearman"]["value"] == pytest.approx(1) and found["pearson"]["value"] < .9
 
 
 def test_ranks_share_ties():
@@ -344,8 +344,8 @@ def test_two_candidates_lose_the_values():
     gaps = np.array(calibration(r, r, n_boot=10)["points"])
     np.testing.assert_allclose(np.abs(gaps[:, 0]), 2**.5, atol=1e-4)
     pooled = calibration(r, r, sigma="dataset", n_boot=10)
-    assert (pooled["r2"]["value"] == pytest.approx(1)
-            and calibration(r, r, n_boot=10)["r2"]["value"] < .9)
+    assert (pooled["pearson"]["value"] == pytest.approx(1)
+            and calibration(r, r, n_boot=10)["pearson"]["value"] < .95)
 
 
 def test_ranks_share_what_is_a_tie():
@@ -363,6 +363,6 @@ def test_one_prompt_has_no_interval():
     several = reward_metrics([1., 2.], [0., 3.], ["same", "same"])
     assert several["accuracy"] == .5 and several["accuracy_interval"] == [None, None]
     found = calibration([[0., 1., 2.]], [[0., 1., 2.]])
-    for name in ("slope", "r2", "pearson", "spearman", "implied_gamma"):
+    for name in ("slope", "pearson", "spearman", "implied_gamma"):
         assert found[name]["value"] == pytest.approx(1) and found[name]["high"] is None
     assert estimate_text(found["slope"]) == "1 [–]"

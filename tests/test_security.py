@@ -236,7 +236,8 @@ HOSTILE = ("<script>document.title='owned'</script><img src=x onerror=\"document
            "\"' onmouseover=alert(1) x=\"<a href=javascript:alert(1)>x</a><base href=//e.vil>"
            "</title></style><style>*{display:none}</style><!-- <meta http-equiv=refresh>")
 MARKS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "nav", "a", "p", "div",
-         "table", "thead", "tbody", "tr", "th", "td", "figure", "img", "figcaption"}
+         "table", "thead", "tbody", "tr", "th", "td", "figure", "img", "figcaption", "main",
+         "details", "summary", "ul", "li", "strong", "mark"}
 
 
 class Marks(HTMLParser):
@@ -252,7 +253,8 @@ class Marks(HTMLParser):
 def hostile_run(folder):
     "A report whose every text is hostile: names, summaries, prompts and responses."
     kl = {"splits": {"test": {"kl": {"value": 0.}}}}
-    summary = {"policies": {name: {"method": name, **kl} for name in ("sft", HOSTILE)}}
+    summary = {"policies": {name: {"method": name, "strength": None, "value": None, **kl}
+                            for name in ("sft", HOSTILE)}}
     rows = [{"prompt": HOSTILE, "completions": [HOSTILE]}]
     write_json(folder/"sft"/"manifest.json", {"stage": HOSTILE, "seconds": 1, "versions":
                {HOSTILE: HOSTILE}, "summary": {HOSTILE: HOSTILE}})

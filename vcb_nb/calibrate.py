@@ -62,7 +62,6 @@ class CalibrationConfig(TrainingDefaults, QuantizedLoading):
 
     `per_device_train_batch_size` counts prompts, each with all its candidates.
     """
-    metrics = METRICS
     idle = {"label_smoothing_factor": "The losses of candidates have no labels to smooth",
             "prediction_loss_only": "The metrics come with the loss",
             "average_tokens_across_devices": "The mean is over the prompts of all devices"}
@@ -117,6 +116,12 @@ class CalibrationConfig(TrainingDefaults, QuantizedLoading):
             raise InputError(f"n_candidates is {self.n_candidates}. A comparison needs at least 2.")
         self.label_names = self.label_names or [] # rewards must reach the loss
         super().__post_init__()
+
+    @property
+    def metrics(self)->tuple:
+        "What evaluations give; R² and the target's gaps need a γ, which only VCB's losses have."
+        needs_gamma = ("calibration/r2", "target/margins")
+        return tuple(name for name in METRICS if self.gamma or name not in needs_gamma)
 
     @property
     def gamma(self)->float | None:
@@ -306,11 +311,9 @@ def pair_metrics(ratios:Tensor, rewards:Tensor, mask:Tensor, # [prompts, n] each
     return mean((gap.sign() + 1) / 2), mean(gap)
 
 def calibration_of(ratios, rewards, mask, sigma, gamma)->dict:
-    "The metrics `calibration/*`."
-    free, found = (calibration_metrics(ratios, rewards, mask=mask, sigma=sigma, gamma=g)
-                   for g in (None, gamma))
-    return {"calibration/r2": found["r2"], "calibration/slope": found["slope"],
-            "calibration/correlation": free["r2"].sqrt() * free["slope"].sign()}
+    "The metrics `calibration/*`; R² where there is a γ."
+    found = calibration_metrics(ratios, rewards, mask=mask, sigma=sigma, gamma=gamma)
+    return {f"calibration/{name}": value for name, value in found.items()}
 
 def record_metrics(record:Tensor, # [prompts, n, 6] of `make_record`
                    gamma:float|None=None, # VCB's γ; None for the other losses

@@ -201,8 +201,8 @@ def _results_part(facts:Facts)->str:
                   _table(["", "before", "after"], rows)]
     fit = facts.policy.get("calibration") or {}
     if fit: parts.append(
-        "Calibration on held-out candidates: R² "
-        f"{_estimate(fit['r2'])}, slope {_estimate(fit['slope'])} nats per σ of reward.")
+        "Calibration on held-out candidates: correlation "
+        f"{_estimate(fit['pearson'])}, slope {_estimate(fit['slope'])} nats per σ of reward.")
     return "\n\n".join([*parts, "Brackets are 95 % intervals over prompts. They say nothing about "
                          "another seed of training."])
 

@@ -71,8 +71,8 @@ def _score_anew(table:CompletionTable, config)->None:
 
 # %% ../nbs/stages/09_diagnosis.ipynb #a3aa30f3
 READING = """Each point is a pair of candidates of one prompt. A policy calibrated to reward values
-lies on a line through the origin; R² is the share of its log-ratios' spread that the line explains.
-Where Spearman is high and Pearson is lower, the order is right and the spacing is not."""
+lies on a line through the origin; the correlation is 1 where all log-ratios lie on a line. Where
+that of ranks is high and the other is lower, the order is right and the spacing is not."""
 
 def diagnosis_markdown(found:dict)->str:
     "A page that says what was found and how to read it."
@@ -80,8 +80,9 @@ def diagnosis_markdown(found:dict)->str:
     dropped = found["dropped_prompts"] + sum(found["dropped_rows"].values())
     rows = {"slope, nats per σ": estimate_text(found["slope"]),
             "implied γ = 1/slope": estimate_text(found["implied_gamma"]),
-            "R²": estimate_text(found["r2"]), "Pearson": estimate_text(found["pearson"]),
-            "Spearman": estimate_text(found["spearman"]), "prompts": found["slope"]["prompts"],
+            "correlation (Pearson)": estimate_text(found["pearson"]),
+            "correlation of ranks (Spearman)": estimate_text(found["spearman"]),
+            "prompts": found["slope"]["prompts"],
             "dropped (equal rewards, or nothing left)": dropped, "candidates": found["candidates"],
             "σ(x): 10 %, median, 90 %": f"{low:.3g}, {mid:.3g}, {high:.3g}"}
     return "\n".join([f"# Calibration of {found['policy']}", "",

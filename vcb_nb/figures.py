@@ -25,7 +25,10 @@ SYMBOLS = dict(gamma="γ", beta="β", tau="τ", delta="δ", lam="λ", alpha="α"
 
 def strength_label(strength:str, value)->str: # 'γ=0.5'; '' where there is no strength
     "A hyper-parameter and its value."
-    return "" if value is None else f"{SYMBOLS.get(strength, strength)}={value:g}"
+    return "" if value is None else f"{_symbol(strength)}{value:g}"
+
+def _symbol(strength:"str | None")->str: # 'γ='; '' for a strength without a name
+    return f"{SYMBOLS.get(strength, strength)}=" if strength else ""
 
 def run_label(name:str, # of the run
               policy:dict=None, # its {method, strength, value}; None: use the name
@@ -80,30 +83,50 @@ def plot_frontier(summary:dict, # of `evaluate`
                   split:str="test", # or 'ood'
                   judge:str="gold", # or 'reward'
                   sigma:float=None, # std of rewards under SFT: draws the bound of Gaussian rewards
+                  at:float=None, # nats: marks the KL at which methods are compared
                  ): # Figure
     "Reward gained over SFT against KL from it, a line per method, intervals both ways."
-    fig, (ax,) = _panels(1, 6.4, 4.2)
+    fig, (ax,) = _panels(1, 4.2, 4.)
     lines = summary["frontier"][split]
     for method, points in lines.items():
         points = [p for p in points if p["kl"] and p[f"{judge}_gain"]]
         if points: _frontier_line(ax, method, points, f"{judge}_gain")
     if sigma: _gaussian_bound(ax, sigma)
+    if at: ax.axvline(at, color=OTHER_COLOR, linewidth=1.2, linestyle=":",
+                      label=f"{at:g} nats: compared here")
     ax.set(xlabel=r"$\mathrm{KL}(\pi\,\|\,\pi_\mathrm{sft})$, nats per response",
            ylabel=f"{JUDGE_LABELS[judge]}, gain over SFT",
            title=f"Reward–KL frontier, {SPLIT_LABELS.get(split, split)}")
-    if lines: ax.legend()
+    _legend_below(fig, ax)
     return fig
 
+def _legend_below(fig, ax, columns:int=2):
+    "The legend where it covers no data."
+    handles, labels = ax.get_legend_handles_labels()
+    if labels: fig.legend(handles, labels, loc="outside lower center", fontsize=9,
+                          ncols=min(columns, len(labels)))
+
 def _frontier_line(ax, method, points, gain):
-    "One method: its points in order of strength, each with its value."
+    "One method: its points in order of KL; the legend has its strengths in the same order."
+    points = sorted(points, key=lambda p: p["kl"]["value"])
     kl, reward = [p["kl"] for p in points], [p[gain] for p in points]
     x, y = [e["value"] for e in kl], [e["value"] for e in reward]
-    bars = dict(xerr=error_lengths(kl), yerr=error_lengths(reward), **ERROR_BARS)
-    ax.errorbar(x, y, **bars, **method_style(method))
-    # the two ends; labels between collide
-    for p, *at in list(zip(points, x, y))[::max(len(x) - 1, 1)]:
-        ax.annotate(strength_label(p["strength"], p["value"]), at, (5, -11), fontsize=8,
-                    textcoords="offset points", color=method_ink(method))
+    color, bars = method_color(method), dict(elinewidth=1., capsize=0, linestyle="", alpha=.4)
+    ax.errorbar(x, y, xerr=error_lengths(kl), yerr=error_lengths(reward), color=color, **bars)
+    _way_from_sft(ax, x[0], y[0], color)
+    ax.plot(x, y, **method_style(method, label=_sweep_label(method, points)))
+
+def _way_from_sft(ax, kl, gain, color):
+    "A thin line from SFT to a method's first point, linear in √KL."
+    way = np.linspace(0, max(kl, 0), 40)
+    if kl > 0: ax.plot(way, gain*np.sqrt(way/kl), color=color, marker="", linewidth=.9, alpha=.5)
+
+def _sweep_label(method:str, points:list)->str: # 'VCB γ=2, 1, 0.5'
+    "A method and the strengths of its points; of many, the two ends."
+    values = [f"{p['value']:g}" for p in points if p["value"] is not None]
+    if not values: return method_label(method)
+    if len(values) > 4: values = [values[0], "…", values[-1]]
+    return f"{method_label(method)} {_symbol(points[0]['strength'])}{', '.join(values)}"
 
 def _gaussian_bound(ax, sigma):
     "Gain at a given KL that no policy exceeds where rewards are Gaussian under SFT."
@@ -118,7 +141,7 @@ def plot_calibration(summary:dict, # of `evaluate`
     "Log-ratio gaps against reward gaps, one panel per policy, with fit and target."
     found = {n: p for n, p in summary["policies"].items() if p["calibration"]}
     names = [n for n in policies or found if n in found]
-    fig, axes = _panels(len(names), 2.7, 2.9, sharex=True)
+    fig, axes = _panels(len(names), 2.7, 2.9, sharex=True, sharey=True)
     for ax, name in zip(axes, names):
         p = found[name]
         target = p["value"] if p["strength"] == "gamma" else None
@@ -127,8 +150,8 @@ def plot_calibration(summary:dict, # of `evaluate`
     return fig
 
 def _fit_label(fit:dict)->str:
-    "Slope and R² in words."
-    return f"slope {fit['slope']['value']:.2f}, R² {fit['r2']['value']:.2f}"
+    "Slope and correlation in words."
+    return f"slope {fit['slope']['value']:.2f}, correlation {fit['pearson']['value']:.2f}"
 
 def _calibration_panel(ax, fit:dict, color, gamma=None):
     "Pairs, fitted line and, where γ is known, the target."
@@ -140,8 +163,54 @@ def _calibration_panel(ax, fit:dict, color, gamma=None):
     if gamma: ax.plot(ends, ends/gamma, color="black", linestyle="--", marker="", linewidth=1.4,
                       label="target 1/γ")
     top = 1.2*max(np.abs(points[:, 1]).max(initial=0), abs(slope)*reach, .1)
+    top = max(top, ax.get_ylim()[1]) # of panels before this one that share the axis
     ax.set(xlabel="reward gap, units of σ(x)", ylabel="log-ratio gap, nats", ylim=(-top, top))
     ax.legend(fontsize=8, loc="upper left")
+
+# %% ../nbs/foundations/23_figures.ipynb #32ca8812
+def plot_gaps(summary:dict, # of `evaluate`
+              policies:list, # names of calibrated policies
+              bins:int=6, # of equally many pairs
+             ): # Figure
+    "Log-ratio gap against reward gap, the better minus the worse, of some policies in one panel."
+    fig, (ax,) = _panels(1, 4.2, 4.)
+    for i, name in enumerate(policies):
+        p = summary["policies"][name]
+        points = np.asarray(p["calibration"]["points"], float).reshape(-1, 2)
+        label = f"{run_label(name, p)}: {_fit_label(p['calibration'])}"
+        _gap_cloud(ax, points*np.sign(points[:, :1]), p, bins, label, shift=.012*i)
+        if p["strength"] == "gamma" and p["value"]: _target_line(ax, p)
+    ax.axhline(0, color=OTHER_COLOR, linewidth=.8)
+    ax.set(xlabel="reward gap of a pair, units of σ(x)", ylabel="log-ratio gap, nats",
+           title="Do log-ratios follow rewards?", xlim=(0, None),
+           ylim=_inner_range(summary, policies))
+    _legend_below(fig, ax, columns=1)
+    return fig
+
+def _gap_cloud(ax, points, policy, bins, label, shift):
+    "One policy's pairs, and the median and middle half of each bin."
+    color, points = method_color(policy["method"]), points[np.argsort(points[:, 0])]
+    ax.scatter(*points.T, s=4, alpha=.18, color=color, linewidths=0, rasterized=True)
+    parts = [q for q in np.array_split(points, bins) if len(q)]
+    x, middle = (np.array([np.median(q[:, k]) for q in parts]) for k in (0, 1))
+    low, high = (np.array([np.quantile(q[:, 1], s) for q in parts]) for s in (.25, .75))
+    ax.errorbar(x*(1 + shift), middle, yerr=[middle - low, high - middle], elinewidth=1.4,
+                capsize=3, **method_style(policy["method"], label=label, markersize=7))
+
+def _inner_range(summary, policies)->tuple: # (low, high); None where there is no pair
+    "The range of all but the outermost log-ratio gaps, of which a few would flatten the rest."
+    gaps = [np.sign(x)*y for n in policies
+            for x, y in summary["policies"][n]["calibration"]["points"]]
+    if not gaps: return None, None
+    low, high = np.quantile(gaps, [.01, .99])
+    return min(1.2*low, -.1), max(1.2*high, .1)
+
+def _target_line(ax, policy):
+    "The line of slope 1/γ, as far as the pairs go, without moving the axes."
+    (right, up), gamma = (ax.get_xlim()[1], ax.get_ylim()), policy["value"]
+    end = min(right, up[1]*gamma) if up[1] > 0 else right
+    ax.plot([0, end], [0, end/gamma], color=method_color("optimum"), linestyle="--", linewidth=1.6,
+            label=f"{run_label('', policy)}: target, slope {1/gamma:.2g}")
 
 # %% ../nbs/foundations/23_figures.ipynb #07048fd6
 def plot_diagnosis(found:dict # of `diagnose`
@@ -218,7 +287,7 @@ def plot_rewards(summary:dict, # of `evaluate`
     for i, s in enumerate(splits):
         ax.plot([], [], color="black", marker="o", linestyle="", label=SPLIT_LABELS[s],
                 fillstyle="none" if i else "full")
-    ax.legend(fontsize=8)
+    _legend_below(fig, ax)
     return fig
 
 # %% ../nbs/foundations/23_figures.ipynb #31462acf
@@ -246,11 +315,11 @@ def plot_reliability(found:dict # of the reward stage: reliability, accuracy, ec
     bins = found["reliability"]
     x, pairs = ([b[k] for b in bins] for k in ("confidence", "pairs"))
     right = [dict(value=b["accuracy"], low=b["low"], high=b["high"]) for b in bins]
-    fig, (ax, below) = _panels(2, 6.2, 2.4, columns=1, sharex=True)
+    fig, (ax, below) = _panels(2, 4.2, 2.2, columns=1, sharex=True)
     ax.plot([.5, 1], [.5, 1], **method_style("optimum", marker="", label="as sure as right"))
     ax.errorbar(x, [e["value"] for e in right], yerr=error_lengths(right),
                 color=method_color("vcb"), marker="o", linestyle="", label="measured", **ERROR_BARS)
-    ax.set(ylabel="right, share of pairs", title=f"Reward model: accuracy {found['accuracy']:.3f}, "
+    ax.set(ylabel="right, share of pairs", title=f"Accuracy {found['accuracy']:.1%}, "
                                                  f"calibration error {found['ece']:.3f}")
     ax.legend(loc="upper left")
     below.bar(x, pairs, .02, color=OTHER_COLOR)
@@ -258,26 +327,34 @@ def plot_reliability(found:dict # of the reward stage: reliability, accuracy, ec
     return fig
 
 # %% ../nbs/foundations/23_figures.ipynb #23a824f0
-CURVES = {"loss": "loss", "calibration/r2": "R² of log-ratios",
+CURVES = {"loss": "loss", "calibration/r2": "R² = 1 − loss/2",
+          "calibration/correlation": "correlation with rewards",
           "calibration/slope": "slope, nats per σ"}
 
 # %% ../nbs/foundations/23_figures.ipynb #c2789082
 def plot_training_curves(logs:dict, # run → the Trainer's log history: [{step, loss, …}, …]
                          curves:dict=CURVES, # metric → axis label
+                         labels:dict=None, # run → its name in the legend; None: as in `logs`
                         ): # Figure
     "Metrics by optimizer step: a panel per metric, a line per run, runs of one method fading."
     rows = [row for log in logs.values() for row in log]
     found = {k: label for k, label in curves.items() if any(k in row for row in rows)}
-    fig, axes = _panels(len(found), 2.7, 2.9)
+    fig, axes = _panels(len(found), 3.2, 2.5, columns=2)
     for ax, (key, label) in zip(axes, found.items()):
         for name, log in logs.items():
-            curve = [(row["step"], row[key]) for row in log if key in row]
-            style = method_style(name, marker="", alpha=_fade(name, logs))
+            curve, shown = _curve(log, key), (labels or {}).get(name, method_label(name))
+            style = method_style(name, marker="." if len(curve) < 5 else "",
+                                 alpha=_fade(name, logs), label=shown)
             if curve: ax.plot(*zip(*curve), **style)
         ax.set(xlabel="optimizer step", ylabel=label)
-    handles, labels = axes[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
+    _legend_below(fig, axes[0], columns=4)
     return fig
+
+def _curve(log:list, key:str, most:int=200)->list: # [(step, value), …]
+    "A metric's course; of a long one, means over equal stretches, so that noise hides nothing."
+    curve = np.array([(row["step"], row[key]) for row in log if key in row], float)
+    if len(curve) <= most: return curve.tolist()
+    return [part.mean(0).tolist() for part in np.array_split(curve, most)]
 
 def _fade(name:str, names)->float:
     "Opacity that tells the runs of one method apart: from 1 for the first to .4 for the last."

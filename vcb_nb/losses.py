@@ -505,12 +505,12 @@ def calibration_metrics(
     mask:Tensor=None, # `[prompts, n]`, True = candidate present
     sigma:Tensor=None, # `[prompts]`; default: the standard deviation of these rewards
     gamma:float=None, # the gamma aimed at; None leaves it free
-) -> dict[str, Tensor]: # 'r2' and 'slope', scalars in float64
+) -> dict[str, Tensor]: # 'slope', 'correlation', and with gamma 'r2': scalars in float64
     """How the log-ratios follow the rewards, over the prompts that carry a signal.
 
     `slope`: least-squares slope of the log-ratios on r/sigma, within prompts, pooled; nats per
-    sigma; 1/gamma at VCB's optimum. `r2`: with `gamma`, 1 - M/M_0, with M_0 = 2 the loss at the
-    start; without, the squared correlation within prompts. Both are 0 where nothing can be
+    sigma; 1/gamma at VCB's optimum. `correlation`: of the same, within prompts, pooled. `r2`, with
+    `gamma` only: 1 - M/M_0, with M_0 = 2 the loss at the start. All are 0 where nothing can be
     measured: constant log-ratios, or no prompt with a signal."""
     ratios, mask = _logratios(logratios, torch.zeros_like(logratios), rewards, mask)
     sigma, signal = _use_sigma(rewards, mask, sigma, "own")
@@ -519,8 +519,8 @@ def calibration_metrics(
     ratios = _centred(_float64(ratios).to(mask.device), mask)
     zz, zl, ll = z.square().sum(), (z * ratios).sum(), ratios.square().sum()
     slope = zl / zz if zz > 0 else torch.zeros_like(zz)
-    if gamma is None: r2 = zl**2 / (zz * ll) if zz * ll > 0 else torch.zeros_like(zz)
-    else:
-        start, now = _variance(z, mask).sum(), _variance(gamma * ratios - z, mask).sum()
-        r2 = 1 - now / start if start > 0 else torch.zeros_like(zz)
-    return {"r2": r2, "slope": slope}
+    correlation = zl / (zz * ll).sqrt() if zz * ll > 0 else torch.zeros_like(zz)
+    found = {"slope": slope, "correlation": correlation}
+    if gamma is None: return found
+    start, now = _variance(z, mask).sum(), _variance(gamma * ratios - z, mask).sum()
+    return found | {"r2": 1 - now / start if start > 0 else torch.zeros_like(zz)}

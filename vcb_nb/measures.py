@@ -197,7 +197,7 @@ def sigmas(rewards, # [P][n]
 # %% ../nbs/foundations/17_measures.ipynb #4109ab5c
 def calibration_sums(x, y, # [P][n] both: rewards in units of σ, and log-ratios in nats
                     )->np.ndarray: # [P, 3]: S_xx, S_xy, S_yy
-    "Centred sums of squares and products within each prompt: all that slope and R² need."
+    "Centred sums of squares and products within each prompt: all that slope and correlation need."
     centred = [(np.asarray(a, float) - np.mean(a), np.asarray(b, float) - np.mean(b))
                for a, b in zip(x, y, strict=True)]
     return np.array([[a @ a, a @ b, b @ b] for a, b in centred]).reshape(-1, 3)
@@ -213,10 +213,6 @@ def slope(means):
 def correlation(means):
     "Pooled within-prompt correlation from mean rows of `calibration_sums`."
     return _ratio(means[:, 1], np.sqrt(means[:, 0]*means[:, 2]))
-
-def r_squared(means):
-    "Share of the log-ratios' within-prompt variance that a line in the rewards explains."
-    return correlation(means)**2
 
 def ranks(values)->np.ndarray:
     "Ranks within one prompt, ties sharing their mean rank."
@@ -246,7 +242,7 @@ def calibration(logratios, # [P][n] ℓ = log π − log π_sft of the candidate
                 sigma:str="prompt", # see `sigmas`
                 points:int=2000, # pairs kept for the plot
                 **boot, # n_boot, level, seed
-               )->dict: # slope, r2, pearson, spearman: estimates; implied_gamma; sigma; points
+               )->dict: # slope, pearson, spearman: estimates; implied_gamma; sigma; points
     "How well log-ratio gaps follow reward gaps within prompts, with intervals over prompts."
     scale, signal = sigmas(rewards, sigma)
     keep = np.flatnonzero(signal)
@@ -258,7 +254,7 @@ def calibration(logratios, # [P][n] ℓ = log π − log π_sft of the candidate
     sums = calibration_sums(x, y)
     rank_sums = calibration_sums([ranks(v) for v in x], [ranks(v) for v in y])
     found = {name: estimate(sums, f, **boot) for name, f in
-             dict(slope=slope, r2=r_squared, pearson=correlation).items()}
+             dict(slope=slope, pearson=correlation).items()}
     return dict(**found, spearman=estimate(rank_sums, correlation, **boot),
                 implied_gamma=_inverse(found["slope"]), dropped_prompts=len(rewards) - len(keep),
                 sigma=[float(scale[i]) for i in keep],

@@ -1,4 +1,4 @@
-"""One page that a person wants to read: what was run, how good the reward model is, what each method reached at what cost, and what the models say.
+"""One page that a person wants to read: what was found and how sure it is, one table of methods, the pictures behind it, and all the rest folded away.
 
 Docs: https://vcb-nb.github.io/vcb_nb/runs/report.html.md"""
 
@@ -7,20 +7,27 @@ Docs: https://vcb-nb.github.io/vcb_nb/runs/report.html.md"""
 # %% auto #0
 __all__ = ['ReportConfig', 'report']
 
-# %% ../nbs/runs/04_report.ipynb #a5b56bab
-import base64, html, json, re
+# %% ../nbs/runs/04_report.ipynb #00d50d95
+import base64, html, json, re, string
+from collections import Counter
 from dataclasses import dataclass
+from itertools import combinations, groupby, zip_longest
 from pathlib import Path
 from .artifacts import (MANIFEST, InputError, atomic_write, finished_stages, read_json,
                               read_manifest)
 from .cards import write_cards
 from .chat import prompt_text
-from .figures import (figure_bytes, plot_calibration, plot_frontier, plot_margins,
-                            plot_reliability, plot_rewards, plot_training_curves, run_label)
+from .figures import (CURVES, figure_bytes, plot_calibration, plot_frontier, plot_gaps,
+                            plot_margins, plot_reliability, plot_rewards, plot_samples,
+                            plot_training_curves, run_label)
+from .findings import (JUDGE_NAMES, at_equal_kl, common_kl, compare_methods, contrast_pair,
+                             decimals, findings, judges_of, number_text, rounded, sweeps_of,
+                             ties_of)
 from .measures import estimate_text
+from .plots import method_label
 from .settings import REQUIRED, check_least, check_required, option
 
-# %% ../nbs/runs/04_report.ipynb #d27ba317
+# %% ../nbs/runs/04_report.ipynb #17ece70c
 @dataclass
 class Heading:
     "A heading; those of level 2 are the page's table of contents."
@@ -28,51 +35,125 @@ class Heading:
     level: int = 2
 
 @dataclass
+class Marked:
+    "A text of which parts stand out."
+    parts: list # pairs (text, 'strong', 'mark' or '')
+
+@dataclass
 class Text:
     "A paragraph."
-    text: str
+    text: object # a text, or Marked
 
+@dataclass
+class Points:
+    "A list of short paragraphs."
+    items: list # texts, or Marked
+
+# %% ../nbs/runs/04_report.ipynb #ae803ec3
 @dataclass
 class Table:
     "Columns of text and, from some column on, of numbers."
     columns: list # names
-    rows: list # lists of texts
+    rows: list # lists of texts, or Marked
     numeric: int = 10**9 # columns from this one on are numbers, aligned right
+    name: str = "Table" # what a screen reader calls it
 
 @dataclass
 class Figure:
     "A picture with its caption."
     name: str # of its PNG file
     image: bytes # PNG
-    caption: str # says what the picture shows; also its text alternative
+    caption: str # stands below it
+    alt: str = "" # what is to be seen, for those who do not see it; else the caption
 
-# %% ../nbs/runs/04_report.ipynb #5ba625d1
-PAGE_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.9rem; }
-h2 { margin-top: 2.6rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .86rem; margin: 1rem 0; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left;
-  vertical-align: top; }
-td:first-child { white-space: nowrap; } th { background: var(--soft); }
-.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; background: #fff; border-radius: 4px; }
-figcaption, .note { color: #777; font-size: .88rem; } td { overflow-wrap: anywhere; }
-nav a { margin-right: 1rem; }
+@dataclass
+class Details:
+    "Blocks that are folded until the reader opens them."
+    summary: str # says what is inside
+    blocks: list
+
+# %% ../nbs/runs/04_report.ipynb #1860f881
+COLORS = {"light": dict(ground="#ffffff", text="#1b1b1f", quiet="#595959", link="#1a4fa3",
+                        soft="#f2f2f4", line="#d5d5da", mark="#ffe58a", marked="#1b1b1f"),
+          "dark": dict(ground="#121212", text="#e8e8ea", quiet="#b0b0b4", link="#8ab4f8",
+                       soft="#212124", line="#3c3c42", mark="#665200", marked="#ffffff")}
+
+def _variables(scheme:str)->str:
+    return ":root { " + " ".join(f"--{k}: {v};" for k, v in COLORS[scheme].items()) + " }"
+
+PAGE_STYLE = f"""
+:root {{ color-scheme: light dark; }}
+{_variables("light")}
+@media (prefers-color-scheme: dark) {{ {_variables("dark")}
+  img {{ filter: invert(.938) hue-rotate(180deg) brightness(1.15); }} }}
+""" + """
+* { box-sizing: border-box; }
+body { font: 1rem/1.6 system-ui, sans-serif; margin: 0 auto; padding: 1rem 1rem 4rem;
+  max-width: 62rem; color: var(--text); background: var(--ground); overflow-wrap: anywhere; }
+a { color: var(--link); } h1 { font-size: 1.7rem; line-height: 1.25; margin: .5rem 0; }
+h2 { font-size: 1.3rem; margin: 2.8rem 0 .6rem; } h3 { font-size: 1.05rem; margin: 1.8rem 0 .4rem; }
+p, li { max-width: 46rem; } ul { padding-left: 1.2rem; } li { margin: .45rem 0; }
+.skip { position: absolute; left: -99rem; } .skip:focus { left: 1rem; top: .5rem;
+  padding: .3rem .8rem; background: var(--soft); }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; padding: .5rem 0;
+  border-bottom: 1px solid var(--line); }
+.scroll { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: .9rem; width: 100%; }
+th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: left;
+  vertical-align: top; overflow-wrap: normal; }
+thead th { background: var(--soft); vertical-align: bottom; max-width: 11rem; }
+tbody th { font-weight: 500; white-space: nowrap; }
+.n { text-align: right; font-variant-numeric: tabular-nums; } td.n { white-space: nowrap; }
+td.wide { min-width: 12rem; }
+figure { margin: 1.4rem 0; overflow-x: auto; } img { height: auto; }
+figure.fits { display: inline-block; width: 28rem; max-width: 100%; vertical-align: top; }
+.fits img { width: 100%; } .fits + .fits { margin-left: 1.5rem; }
+figcaption { color: var(--quiet); font-size: .9rem; max-width: 46rem; }
+details { border-top: 1px solid var(--line); padding: .2rem 0; }
+summary { cursor: pointer; padding: .45rem 0; color: var(--link); }
+mark { background: var(--mark); color: var(--marked); padding: 0 .1em; border-radius: 2px; }
+@media (max-width: 64rem) { .fits + .fits { margin-left: 0; } }
+@media (max-width: 40rem) { table { font-size: .82rem; } th, td { padding: .35rem .4rem; }
+  tr:has(.wide) th { white-space: normal; } td.wide { min-width: 9rem; } }
 """
 
-# %% ../nbs/runs/04_report.ipynb #ff7a8796
+# %% ../nbs/runs/04_report.ipynb #f6ebfd7b
+def _html_text(text)->str:
+    "Escaped; the parts of a Marked text in their elements."
+    if not isinstance(text, Marked): return html.escape(str(text))
+    return "".join(f"<{tag}>{html.escape(part)}</{tag}>" if tag else html.escape(part)
+                   for part, tag in text.parts)
+
+def _html_row(cells:list, table:Table, head:bool=False)->str:
+    "A row; its first cell names it."
+    def one(i, text):
+        last = i == len(cells) - 1 > 0
+        kind = " class=n" if i >= table.numeric else " class=wide"*(last and not head)
+        tag, scope = ("th", " scope=col") if head else ("td", "") if i else ("th", " scope=row")
+        return f"<{tag}{scope}{kind}>{_html_text(text)}</{tag}>"
+    return "<tr>" + "".join(one(i, text) for i, text in enumerate(cells)) + "</tr>"
+
 def _html_table(table:Table)->str:
-    def row(cells, tag):
-        return "<tr>" + "".join(f"<{tag}{' class=n' if i >= table.numeric else ''}>"
-                                f"{html.escape(str(c))}</{tag}>"
-                                for i, c in enumerate(cells)) + "</tr>"
-    body = "\n".join(row(r, "td") for r in table.rows)
-    return (f"<div class=scroll><table><thead>{row(table.columns, 'th')}</thead>"
+    body = "\n".join(_html_row(row, table) for row in table.rows)
+    return (f'<div class=scroll role=region tabindex=0 aria-label="{html.escape(table.name)}">'
+            f"<table><thead>{_html_row(table.columns, table, True)}</thead>"
             f"<tbody>{body}</tbody></table></div>")
+
+# %% ../nbs/runs/04_report.ipynb #199ee815
+PIXELS = 90 # of the page, per inch of a figure
+
+def _image_size(image:bytes)->tuple: # (width, height) in pixels of the page; None: no PNG
+    "The size at which a figure is shown: savefig.dpi is 160."
+    if not image.startswith(b"\x89PNG") or len(image) < 24: return None
+    return tuple(int.from_bytes(image[i:i + 4], "big")*PIXELS//160 for i in (16, 20))
+
+def _html_figure(block:Figure)->str:
+    data, size = base64.b64encode(block.image).decode(), _image_size(block.image)
+    alt = html.escape(block.alt or block.caption)
+    shape = "" if size is None else f" width={size[0]} height={size[1]}"
+    fits = " class=fits"*(size is not None and size[0] <= 4.3*PIXELS)
+    return (f'<figure{fits}><img alt="{alt}"{shape} src="data:image/png;base64,{data}">'
+            f"<figcaption>{html.escape(block.caption)}</figcaption></figure>")
 
 def _anchor(text:str)->str: return re.sub(r"\W+", "-", text.lower())
 
@@ -80,231 +161,172 @@ def _html_block(block)->str:
     if isinstance(block, Heading):
         return (f'<h{block.level} id="{_anchor(block.text)}">'
                 f'{html.escape(block.text)}</h{block.level}>')
-    if isinstance(block, Text): return f"<p>{html.escape(block.text)}</p>"
+    if isinstance(block, Text): return f"<p>{_html_text(block.text)}</p>"
+    if isinstance(block, Points):
+        return "<ul>" + "\n".join(f"<li>{_html_text(i)}</li>" for i in block.items) + "</ul>"
     if isinstance(block, Table): return _html_table(block)
-    data, caption = base64.b64encode(block.image).decode(), html.escape(block.caption)
-    return (f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
-            f'<figcaption>{caption}</figcaption></figure>')
+    if isinstance(block, Figure): return _html_figure(block)
+    inside = "\n".join(map(_html_block, block.blocks))
+    return f"<details><summary>{html.escape(block.summary)}</summary>\n{inside}\n</details>"
 
-# %% ../nbs/runs/04_report.ipynb #32b5ced1
+# %% ../nbs/runs/04_report.ipynb #05768b41
 def render_html(title:str, blocks:list)->str:
     "A self-contained page: style and figures inside, no script, no network."
     heads = [b for b in blocks if isinstance(b, Heading) and b.level == 2]
-    nav = " ".join(f'<a href="#{_anchor(b.text)}">{html.escape(b.text)}</a>' for b in heads)
+    nav = "\n".join(f'<a href="#{_anchor(b.text)}">{html.escape(b.text)}</a>' for b in heads)
     body = "\n".join(map(_html_block, blocks))
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             f'<title>{html.escape(title)}</title>'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
             'img-src data:; style-src \'unsafe-inline\'">'
-            f"<style>{PAGE_STYLE}</style></head><body>"
-            f"<h1>{html.escape(title)}</h1><nav>{nav}</nav>\n"
-            f"{body}\n</body></html>\n")
+            f"<style>{PAGE_STYLE}</style></head><body>\n"
+            '<a class=skip href="#content">Skip to the content</a>'
+            f'<h1>{html.escape(title)}</h1><nav aria-label="Parts of the page">{nav}</nav>\n'
+            f'<main id="content" tabindex=-1>\n{body}\n</main></body></html>\n')
 
-# %% ../nbs/runs/04_report.ipynb #812395d7
+# %% ../nbs/runs/04_report.ipynb #d7e5c93a
 def _plain(text)->str:
     "Text that Markdown shows as it is: special characters escaped, line breaks as spaces."
     text = html.escape(" ".join(str(text).split()), quote=False)
     return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", text)
 
+def _markdown_part(text:str, tag:str)->str:
+    "One part of a Marked text; its outer spaces stay outside the marks."
+    around = {"strong": "**{}**", "mark": "<mark>{}</mark>", "": "{}"}[tag]
+    core = text.strip()
+    if not core: return " "*bool(text)
+    start, end = text[:len(text) - len(text.lstrip())], text[len(text.rstrip()):]
+    return " "*bool(start) + around.format(_plain(core)) + " "*bool(end)
+
+def _markdown_text(text)->str:
+    if not isinstance(text, Marked): return _plain(text)
+    return "".join(_markdown_part(*part) for part in text.parts)
+
+# %% ../nbs/runs/04_report.ipynb #7ae06524
+def _markdown_table(table:Table)->str:
+    line = lambda cells: "| " + " | ".join(map(_markdown_text, cells)) + " |"
+    rule = ["---:" if i >= table.numeric else "---" for i in range(len(table.columns))]
+    return "\n".join([line(table.columns), "|" + "|".join(rule) + "|", *map(line, table.rows)])
+
 def _markdown_block(block)->str:
     if isinstance(block, Heading): return "#"*block.level + " " + _plain(block.text)
-    if isinstance(block, Text): return _plain(block.text)
-    if isinstance(block, Figure): return f"![{_plain(block.caption)}](figures/{block.name}.png)"
-    line = lambda cells: "| " + " | ".join(map(_plain, cells)) + " |"
-    rule = ["---:" if i >= block.numeric else "---" for i in range(len(block.columns))]
-    return "\n".join([line(block.columns), "|" + "|".join(rule) + "|", *map(line, block.rows)])
+    if isinstance(block, Text): return _markdown_text(block.text)
+    if isinstance(block, Points): return "\n".join("- " + _markdown_text(i) for i in block.items)
+    if isinstance(block, Table): return _markdown_table(block)
+    if isinstance(block, Figure):
+        return (f"![{_plain(block.alt or block.caption)}](figures/{block.name}.png)\n\n"
+                f"*{_plain(block.caption)}*")
+    inside = "\n\n".join(map(_markdown_block, block.blocks))
+    return f"<details><summary>{_plain(block.summary)}</summary>\n\n{inside}\n\n</details>"
 
 def render_markdown(title:str, blocks:list)->str:
     "The same as Markdown; figures are PNG files in `figures/`."
     return "\n\n".join([f"# {_plain(title)}", *map(_markdown_block, blocks)]) + "\n"
 
-# %% ../nbs/runs/04_report.ipynb #98841261
-JUDGE_NAMES = {"gold": "gold reward", "reward": "model reward"}
+# %% ../nbs/runs/04_report.ipynb #fe136803
+TABLE_NOTE = ("Bold: the largest gain. ≈: these prompts cannot tell it from the largest (the 95 % "
+              "interval of the difference includes 0).")
 
-def judges_of(summary:dict)->list:
-    "The judges that scored the samples: 'gold' and/or 'reward'."
-    first = next(iter(summary["policies"].values()))["splits"]["test"]
-    return [j for j in JUDGE_NAMES if first.get(j)]
-
-def methods_table(summary:dict, split:str="test")->Table:
-    "One row per policy: rewards, KL and win − lose against SFT, with 95 % intervals."
+def _gain_columns(summary:dict, per_prompt:"dict | None")->list: # (title, comparison)
+    "What the methods are compared by: each reward, and the first one out of distribution."
     judges = judges_of(summary)
-    columns = ["policy", *(JUDGE_NAMES[j] for j in judges), "KL k1 (nats)", "KL k3 (nats)",
-               "win − lose vs sft"]
-    return Table(columns, [_method_row(name, summary, split, judges)
-                           for name in summary["policies"]], numeric=1)
+    splits = [("test", j) for j in judges] + [("ood", j) for j in judges[:1]]
+    def title(split, judge, at):
+        where = " out of distribution"*(split == "ood")
+        return f"{JUDGE_NAMES[judge]} gained{where}" + (f" at {number_text(at)} nats" if at else "")
+    found = [(split, judge, compare_methods(summary, per_prompt, judge, split))
+             for split, judge in splits if per_prompt and split in per_prompt]
+    return [(title(split, judge, c["at"]), c) for split, judge, c in found]
 
-def _two_decimals(estimate)->str: return estimate_text(estimate, ".2f")
+# %% ../nbs/runs/04_report.ipynb #bff21b83
+def _gain_cells(found:dict)->dict: # method → cell
+    "A column: its best value bold, its ties marked."
+    gains, tied = found["gains"], ties_of(found)
+    digits, best = decimals(list(gains.values())), next(iter(gains)) if len(gains) > 1 else None
+    def one(method, e):
+        text = rounded(e, digits)
+        return Marked([(text, "strong")]) if method == best else "≈ "*(method in tied) + text
+    return {method: one(method, e) for method, e in gains.items()}
 
-def _method_row(name, summary, split, judges)->list:
-    policy, games = summary["policies"][name], summary["comparisons"].get(split, {})
-    s = policy["splits"][split]
-    won = games.get(judges[0], {}).get(name, {}).get("sft", {}).get("margin") if judges else None
-    return [run_label(name, policy), *(_two_decimals(s[j]) for j in judges),
-            _two_decimals(s["kl"]), _two_decimals(s["kl_k3"]), _two_decimals(won)]
+def methods_table(summary:dict, per_prompt:dict=None)->Table:
+    "One row per method: rewards gained at the same KL, and how a policy near it is calibrated."
+    columns, chosen = _gain_columns(summary, per_prompt), at_equal_kl(summary)
+    cells = [_gain_cells(found) for _, found in columns]
+    order = list(columns[0][1]["gains"]) if columns else list(sweeps_of(summary))
+    policies = summary["policies"]
+    fits = [policies[chosen[m]].get("calibration") for m in order]
+    fit_names = ("pearson", "slope") if any(fits) else ()
+    digits = {k: decimals([f[k] for f in fits if f]) for k in fit_names}
+    rows = [[method_label(m), *(c[m] for c in cells),
+             *(rounded(f and f[k], digits[k]) for k in fit_names)] for m, f in zip(order, fits)]
+    heads = [title for title, _ in columns] + ["correlation", "slope, nats per σ"]*bool(fit_names)
+    return Table(["method", *heads], rows, numeric=1, name="Methods")
 
-# %% ../nbs/runs/04_report.ipynb #9a95354a
-def texts_table(summary:dict)->Table:
-    "One row per policy: calibration on held-out candidates; length and diversity of its samples."
-    columns = ["policy", "R²", "slope (nats/σ)", "length (tokens)", "finished", "distinct-2",
-               "distinct samples"]
-    return Table(columns, [_text_row(name, p) for name, p in summary["policies"].items()],
-                 numeric=1)
+def fit_note(summary:dict)->str: # '' where nothing was calibrated
+    "Which policies correlation and slope belong to."
+    def one(policy):
+        kl = policy["splits"]["test"]["kl"]
+        at = f" ({number_text(kl['value'], 2)} nats)" if kl else ""
+        return run_label(policy["method"], policy) + at
+    policies = [summary["policies"][n] for m, n in at_equal_kl(summary).items() if m != "sft"]
+    if not any(p.get("calibration") for p in policies): return ""
+    return ("Correlation and slope of log-ratios on rewards, on held-out candidates, are those of "
+            f"the policy nearest to that KL: {', '.join(map(one, policies))}.")
 
-def _text_row(name, policy)->list:
-    s, cal = policy["splits"]["test"], policy.get("calibration") or {}
-    return [run_label(name, policy), _two_decimals(cal.get("r2")), _two_decimals(cal.get("slope")),
-            estimate_text(s["length"], ".1f"), f"{s['finished']['value']:.0%}",
-            f"{s['distinct_2']['value']:.2f}", f"{s['distinct_share']['value']:.0%}"]
-
-# %% ../nbs/runs/04_report.ipynb #3a1f26f0
-def summary_line(summary:dict)->str:
-    "The plain numbers of a stage's summary, in one line."
-    def fmt(v):
-        return f"{v:,.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
-    plain = {k: v for k, v in summary.items()
-             if isinstance(v, (int, float, str)) and not isinstance(v, bool)}
-    lines = [f"{k.replace('_', ' ')} {fmt(v)}" for k, v in plain.items()]
-    return ", ".join([*lines, *(f"dropped {fmt(n)} ({why})" for why, n in _left_out(summary))])
-
-def _left_out(summary:dict)->list: # [(reason, count)]
-    "What a stage left out, wherever its summary counts it."
-    found = [(k, v) for k, v in summary.items() if isinstance(v, dict)]
-    own = [(why, n) for k, v in found if k == "dropped" for why, n in v.items() if n]
-    return own + [pair for k, v in found if k != "dropped" for pair in _left_out(v)]
-
-# %% ../nbs/runs/04_report.ipynb #3b8843fb
-def pipeline_blocks(run:Path, parts:list)->list:
-    "What was run, on what, and how long it took."
-    manifests = [m for m in (read_manifest(run/part) for part in parts) if m]
-    rows = [[m["stage"], f"{m['seconds']:.0f} s",
-             summary_line(m["summary"] if m["stage"] != "evaluate" else {})] for m in manifests]
-    total = sum(m["seconds"] for m in manifests)
-    versions = (", ".join(f"{k} {v}" for k, v in manifests[-1]["versions"].items())
-                if manifests else "")
-    return [Heading("Pipeline"),
-            Text(f"{len(rows)} stages, {total/60:.1f} minutes in all. {versions}."),
-            Table(["stage", "time", "result"], rows)]
-
-# %% ../nbs/runs/04_report.ipynb #91cd3c9f
-def reward_blocks(run:Path)->list:
-    "How far the reward model can be trusted."
-    path = run/"reward"/"evaluation.json"
-    if not path.exists(): return []
-    e = read_json(path)
-    low, high = e["accuracy_interval"]
-    interval = ("one prompt: no interval" if low is None else
-                f"95 % interval {low:.1%} to {high:.1%}")
-    text = ("On held-out pairs the reward model prefers the chosen response in "
-            f"{e['accuracy']:.1%} of cases ({interval}); "
-            f"its expected calibration error is {e['ece']:.3f}, "
-            f"its Brier score {e['brier']:.3f}.")
-    figure = Figure("reward_model", figure_bytes(plot_reliability(e)),
-                    "Reliability of the reward model: how often the response that it prefers is "
-                    "the chosen one, against how sure it is.")
-    return [Heading("Reward model"), Text(text), figure]
-
-# %% ../nbs/runs/04_report.ipynb #c58bde03
-METHODS_NOTE = ("Means over prompts with 95 % bootstrap intervals (prompts are resampled). "
-                "KL is estimated on the policy's own samples; wins are judged by the first "
-                "reward. One training run per row: the intervals cover the choice of prompts, "
-                "not of training seeds.")
-
-def method_blocks(summary:dict)->list:
-    "The tables of methods, on test prompts and out of distribution, and the same as figures."
-    blocks = [Heading("Methods"), Text(METHODS_NOTE), methods_table(summary)]
-    if "ood" in next(iter(summary["policies"].values()))["splits"]:
-        blocks += [Heading("Out of distribution", 3),
-                   Text("The same on prompts of a domain that no stage has trained on."),
-                   methods_table(summary, "ood")]
-    for judge in judges_of(summary)[:1]:
-        name = JUDGE_NAMES[judge]
-        blocks += [Figure("rewards", figure_bytes(plot_rewards(summary, judge)),
-                          f"Mean {name} of each policy with 95 % intervals."),
-                   Figure("margins", figure_bytes(plot_margins(summary, judge=judge)),
-                          f"Share of wins minus share of losses against sft, judged by {name}.")]
-    return blocks
-
-# %% ../nbs/runs/04_report.ipynb #24c7b021
+# %% ../nbs/runs/04_report.ipynb #30ccaca7
 def frontier_blocks(summary:dict)->list:
-    "Reward gained against KL paid, by every judge."
-    figures = [Figure(f"frontier_{judge}", figure_bytes(plot_frontier(summary, judge=judge)),
-                      f"{JUDGE_NAMES[judge].capitalize()} against KL from SFT in nats; each line "
-                      "is one method over its sweep. Higher at the same KL is better.")
-               for judge in judges_of(summary)]
-    return [Heading("Reward–KL frontier"), *figures]
+    "Reward gained against KL paid, by every judge; none where KL was not measured."
+    if summary["policies"]["sft"]["splits"]["test"]["kl"] is None: return []
+    at = common_kl(summary) if len(sweeps_of(summary)) > 1 else None
+    return [Figure(f"frontier_{judge}", figure_bytes(plot_frontier(summary, judge=judge, at=at)),
+                   f"{JUDGE_NAMES[judge].capitalize()} gained over SFT against KL from SFT; each "
+                   "line is one method over its sweep, with intervals both ways; thin lines come "
+                   "from SFT. Higher at the same KL is better.",
+                   f"Reward–KL frontier by {JUDGE_NAMES[judge]}, one line per method.")
+            for judge in judges_of(summary)]
 
-# %% ../nbs/runs/04_report.ipynb #0b8c32d1
-def at_equal_kl(summary:dict, split:str="test")->dict: # method → policy name
-    "One policy per method, all at about the same KL: the largest that every method reaches."
-    kl = lambda name: summary["policies"][name]["splits"][split]["kl"]["value"]
-    sweeps = {}
-    for name, p in summary["policies"].items(): sweeps.setdefault(p["method"], []).append(name)
-    if any(p["splits"][split]["kl"] is None for p in summary["policies"].values()):
-        return {m: n[0] for m, n in sweeps.items()}
-    reached = [max(map(kl, names)) for method, names in sweeps.items() if method != "sft"]
-    target = min(reached, default=0.)
-    return {method: min(names, key=lambda n: abs(kl(n) - target))
-            for method, names in sweeps.items()}
+# %% ../nbs/runs/04_report.ipynb #242b1147
+FINDINGS_NOTE = ("Means over prompts; brackets are 95 % bootstrap intervals, for which prompts are "
+                 "resampled. KL is estimated on the policies' own samples. A gain at a KL is read "
+                 "from the line through SFT and a method's policies.")
 
-# %% ../nbs/runs/04_report.ipynb #39e474da
-def calibration_blocks(summary:dict)->list:
-    "How far log-ratio gaps follow reward gaps on held-out candidates."
-    if not all(p.get("calibration") for p in summary["policies"].values()): return []
-    shown = list(at_equal_kl(summary).values())
-    return [Heading("Calibration"),
-            Text("On held-out candidates: R² is the share of log-ratio differences that reward "
-                 "differences explain, the slope says how many nats a σ of reward is worth."),
-            texts_table(summary),
-            Figure("calibration", figure_bytes(plot_calibration(summary, shown)),
-                   "Log-ratio gap against reward gap for pairs of held-out candidates of one "
-                   "prompt; one policy per method, all at about the same KL. At VCB's optimum all "
-                   "points lie on the dashed line of slope 1/γ.")]
+def finding_blocks(summary, per_prompt, reward, judged)->list:
+    "The sentences, the table of methods, and the picture of what calibration means."
+    blocks = [Heading("Findings"), Points(findings(summary, per_prompt, reward, judged))]
+    if not summary: return blocks
+    if sweeps_of(summary):
+        notes = [FINDINGS_NOTE, TABLE_NOTE*(len(sweeps_of(summary)) > 1), fit_note(summary)]
+        blocks += [methods_table(summary, per_prompt), Text(" ".join(filter(None, notes)))]
+    return blocks + frontier_blocks(summary)[:1] + gap_blocks(summary)
 
-# %% ../nbs/runs/04_report.ipynb #8cd261f5
-ONLINE_CURVES = {"objective/scores": "reward", "objective/kl": "KL, nats per response",
-                 "objective/entropy": "entropy, nats per response",
-                 "completions/mean_length": "length, tokens"}
+def gap_blocks(summary:dict)->list:
+    "Reward gap against log-ratio gap, of VCB and DPO."
+    pair = contrast_pair(summary)
+    if not pair: return []
+    names = " and ".join(run_label(n, summary["policies"][n]) for n in pair)
+    return [Figure("gaps", figure_bytes(plot_gaps(summary, pair)),
+                   "Does a larger reward gap get a larger log-ratio gap? Each small point is a "
+                   "pair of held-out candidates of one prompt, the better minus the worse; large "
+                   "points are medians, and bars hold the middle half of the pairs. At VCB's "
+                   "optimum all pairs lie on the dashed line of slope 1/γ.",
+                   f"Scatter of log-ratio gap against reward gap for {names}, with medians.")]
 
-def training_blocks(run:Path, parts:list)->list:
-    "What every training logged, over its steps."
-    found = {"calibrate": {}, "online": {}}
-    for part in parts:
-        path = run/part/"training_log.jsonl"
-        section, _, name = part.partition("/")
-        if section in found and path.exists():
-            found[section][name] = [json.loads(line)
-                                    for line in path.read_text("utf-8").splitlines()]
-    blocks = [Heading("Training")] * any(found.values())
-    if found["calibrate"]:
-        blocks.append(Figure("training", figure_bytes(plot_training_curves(found["calibrate"])),
-                             "Loss and calibration R² during training. Losses of different methods "
-                             "are on different scales."))
-    if found["online"]:
-        blocks.append(Figure("online", figure_bytes(plot_training_curves(found["online"],
-                                                                         ONLINE_CURVES)),
-                             "The policies' own samples while they train: reward, KL from SFT, "
-                             "entropy and length."))
-    return blocks
+# %% ../nbs/runs/04_report.ipynb #21e76ed1
+def reward_blocks(evaluation:"dict | None")->list:
+    "How far the reward model can be trusted."
+    if not evaluation: return []
+    e = evaluation
+    text = (f"Expected calibration error {number_text(e['ece'])}, Brier score "
+            f"{number_text(e['brier'])}, log loss {number_text(e['log_loss'])} nats, over "
+            f"{e['pairs']:,} held-out pairs.")
+    return [Heading("Reward model"),
+            Figure("reward_model", figure_bytes(plot_reliability(e)),
+                   "How often the response that the reward model prefers is the chosen one, "
+                   "against how sure it is. On the dotted line it is as often right as it claims.",
+                   "Reliability of the reward model and number of pairs per bin."), Text(text)]
 
-# %% ../nbs/runs/04_report.ipynb #11ec0a67
-def sample_blocks(summary:dict, samples:dict, # policy → list of rows {prompt, completions}
-                  count:int)->list:
-    "What the policies say to the same prompts."
-    chosen = at_equal_kl(summary)
-    blocks = [Heading("Samples"),
-              Text(f"The first sample of each policy for the first {count} test prompts. "
-                   "Of each method's sweep, the policy nearest to the KL that all methods reach "
-                   "is shown. Nothing was selected by hand.")]
-    for i in range(min(count, *(len(samples[n]) for n in chosen.values()))):
-        rows = [[name, samples[name][i]["completions"][0]] for name in chosen.values()]
-        blocks += [Heading(f"Prompt {i + 1}", 3), 
-                   Text(prompt_text(samples[rows[0][0]][i]["prompt"])),
-                   Table(["policy", "response"], rows)]
-    return blocks
-
-# %% ../nbs/runs/04_report.ipynb #40484979
+# %% ../nbs/runs/04_report.ipynb #bea04080
 JUDGE_NOTE = ("Every pair is judged in both orders. A win needs both; where the order changed the "
               "answer, the pair is undecided and counts as neither. At equal length: σ(α) of a "
               "logistic regression on the difference of lengths. Pairs without a verdict are left "
@@ -327,27 +349,250 @@ def judge_facts(summary:dict)->str:
     known += [f"Where both decide, it prefers what the {JUDGE_NAMES[judge]} prefers in "
               f"{_percent(share)} of {share['n']} pairs"
               for judge, share in s["agrees_with"].items() if share["n"]]
-    spent = f"{tokens['sent']:,} tokens sent, {tokens['received']:,} received, cost {s['cost']:.4g}"
+    spent = (f"{tokens['sent']:,} tokens sent, {tokens['received']:,} received, "
+             f"cost {number_text(s['cost'])}")
     return ". ".join([*known, spent]) + "."
 
-# %% ../nbs/runs/04_report.ipynb #615739c0
-def _judged_row(c:dict)->list:
-    counts = [c[k] for k in ("pairs", "win", "tie", "undecided", "lose")]
-    return [c["policy"], c["against"], *counts, _two_decimals(c["margin"]),
-            _percent(c["win_rate"]), _percent(c["length_controlled"])]
-
+# %% ../nbs/runs/04_report.ipynb #445e3dec
 def judge_blocks(run:Path)->list:
     "What a language model said of the policies, and how far it can be believed."
     path = run/"judge"/"summary.json"
     if not path.exists(): return []
-    summary = read_json(path)
+    summary, about = read_json(path), {}
+    if (run/"evaluate"/"summary.json").exists():
+        about = read_json(run/"evaluate"/"summary.json")["policies"]
     columns = ["policy", "against", "pairs", "win", "tie", "undecided", "lose", "win − lose",
                "win rate", "at equal length"]
-    rows = list(map(_judged_row, summary["comparisons"]))
-    return [Heading("Judge"), Text(JUDGE_NOTE), Table(columns, rows, numeric=2),
+    rows = [_judged_row(c, about) for c in summary["comparisons"]]
+    return [Heading("Judge"), Table(columns, rows, numeric=2, name="Judge"), Text(JUDGE_NOTE),
             Text(judge_facts(summary))]
 
-# %% ../nbs/runs/04_report.ipynb #226666b0
+def _judged_row(c:dict, about:dict)->list:
+    counts = [c[k] for k in ("pairs", "win", "tie", "undecided", "lose")]
+    names = [run_label(c[k], about.get(c[k])) for k in ("policy", "against")]
+    return [*names, *counts, rounded(c["margin"]), _percent(c["win_rate"]),
+            _percent(c["length_controlled"])]
+
+# %% ../nbs/runs/04_report.ipynb #0bbe5785
+def _words(text:str)->list: return re.findall(r"\S+", text)
+
+def _bare(word:str)->str: return word.strip(string.punctuation).lower()
+
+def _distance(a:str, b:str)->float: # 0: the same words; 1: none in common
+    x, y = (Counter(map(_bare, _words(t))) for t in (a, b))
+    return 1 - (x & y).total()/max((x | y).total(), 1)
+
+def most_different(responses:list, # [prompts][policies]
+                   count:int)->list: # numbers of prompts, in rising order
+    "The prompts on which the policies' responses differ most from each other, on average."
+    apart = [sum(_distance(a, b) for a, b in combinations(texts, 2)) for texts in responses]
+    return sorted(sorted(range(len(apart)), key=lambda i: -apart[i])[:count])
+
+def mark_own_words(texts:list)->list: # of Marked
+    "Each text with the words marked that no other has."
+    homes = Counter(w for text in texts for w in {*map(_bare, _words(text))})
+    def tag(word): return "mark"*(homes[_bare(word)] == 1)
+    def one(text):
+        runs = [(" ".join(words), kind) for kind, words in groupby(_words(text), tag)]
+        gaps = [(" ", "")]*max(len(runs) - 1, 0)
+        return Marked([part for pair in zip_longest(runs, gaps) for part in pair if part])
+    return list(map(one, texts))
+
+# %% ../nbs/runs/04_report.ipynb #56f45a17
+def sample_blocks(summary:dict, samples:dict, # policy → list of rows {prompt, completions}
+                  count:int,
+                  rewards:dict=None, # policy → [prompts][n] of the first judge, where stored
+                 )->list:
+    "What the policies say to the same prompts."
+    chosen, policies = list(at_equal_kl(summary).values()), summary["policies"]
+    texts = [[row["completions"][0] for row in rows]
+             for rows in zip(*(samples[n] for n in chosen))]
+    numbers = most_different(texts, count)
+    if not numbers: return []
+    blocks = [Heading("Samples"), Text(_samples_note(len(numbers), len(texts)))]
+    known = bool(rewards) and all(n in rewards for n in chosen)
+    for i in numbers:
+        cells = zip(chosen, mark_own_words(texts[i]))
+        rows = [[run_label(n, policies[n]), *_reward_cell(rewards, known, n, i), text]
+                for n, text in cells]
+        blocks += [Heading(f"Prompt {i + 1}", 3),
+                   Text(prompt_text(samples[chosen[0]][i]["prompt"])),
+                   Table(["policy", *["reward"]*known, "response"], rows, name=f"Prompt {i + 1}")]
+    return blocks
+
+def _reward_cell(rewards, known:bool, name, i)->list:
+    return [number_text(rewards[name][i][0], 2)] if known else []
+
+def _samples_note(shown:int, prompts:int)->str:
+    which = (f"Of {prompts} test prompts, the {shown} on which the responses differ most, chosen "
+             "by the share of words that they do not have in common" if shown < prompts else
+             "All test prompts")
+    return (f"{which}; the first sample of each policy. Of each method's sweep, the policy nearest "
+            "to the KL that all methods reach. Marked: words that no other response in the table "
+            "has.")
+
+# %% ../nbs/runs/04_report.ipynb #d0f67f9d
+def policies_table(summary:dict, split:str="test")->Table:
+    "One row per policy: rewards, KL and win − lose against SFT, with 95 % intervals."
+    judges = judges_of(summary)
+    columns = ["policy", *(JUDGE_NAMES[j] for j in judges), "KL k1, nats", "KL k3, nats",
+               "win − lose against SFT"]
+    rows = [_policy_row(name, summary, split, judges) for name in summary["policies"]]
+    return _rounded_table(columns, rows, "Policies")
+
+def _policy_row(name, summary, split, judges)->list:
+    policy, games = summary["policies"][name], summary["comparisons"].get(split, {})
+    s = policy["splits"][split]
+    won = games.get(judges[0], {}).get(name, {}).get("sft", {}).get("margin") if judges else None
+    return [run_label(name, policy), *(s[j] for j in judges), s["kl"], s["kl_k3"], won]
+
+def _rounded_table(columns:list, rows:list, # of a name and estimates, texts or None
+                   name:str)->Table:
+    "A table whose estimates have the same decimals in each column."
+    kept = [[v for v in column if isinstance(v, dict)] for column in zip(*rows)]
+    digits = [decimals(column) for column in kept]
+    text = lambda v, d: v if isinstance(v, str) else rounded(v, d)
+    return Table(columns, [list(map(text, row, digits)) for row in rows], numeric=1, name=name)
+
+# %% ../nbs/runs/04_report.ipynb #97443361
+def texts_table(summary:dict)->Table:
+    "One row per policy: calibration on held-out candidates; length and diversity of its samples."
+    columns = ["policy", "correlation", "slope, nats per σ", "length, tokens", "finished",
+               "distinct bigrams", "distinct samples"]
+    rows = [_text_row(name, p) for name, p in summary["policies"].items()]
+    return _rounded_table(columns, rows, "Texts")
+
+def _text_row(name, policy)->list:
+    s, fit = policy["splits"]["test"], policy.get("calibration") or {}
+    return [run_label(name, policy), fit.get("pearson"), fit.get("slope"), s["length"],
+            f"{s['finished']['value']:.0%}", f"{s['distinct_2']['value']:.2f}",
+            f"{s['distinct_share']['value']:.0%}"]
+
+# %% ../nbs/runs/04_report.ipynb #131b6d63
+def policy_blocks(summary:dict)->list:
+    "Every policy: its rewards, KL, wins, calibration and texts, as tables and figures, folded."
+    judges = judges_of(summary)
+    blocks = [policies_table(summary), *frontier_blocks(summary)[1:]]
+    for judge in judges[:1]:
+        name = JUDGE_NAMES[judge]
+        blocks.append(Figure("rewards", figure_bytes(plot_rewards(summary, judge)),
+                             f"Mean {name} of each policy."))
+        if sweeps_of(summary): blocks.append(
+            Figure("margins", figure_bytes(plot_margins(summary, judge=judge)),
+                   f"Share of wins minus share of losses against SFT, judged by {name}."))
+    if "ood" in next(iter(summary["policies"].values()))["splits"]:
+        blocks += [Heading("Out of distribution", 3),
+                   Text("The same on prompts of a domain that no stage has trained on."),
+                   policies_table(summary, "ood")]
+    return [Heading("Details"), Details("Rewards, KL and wins of every policy", blocks),
+            Details("Calibration and texts of every policy", _text_blocks(summary))]
+
+def _text_blocks(summary:dict)->list:
+    blocks = [Text("Correlation and slope are of log-ratios on rewards within prompts, on held-out "
+                   "candidates: how straight, and how many nats a σ of reward is worth."),
+              texts_table(summary)]
+    shown = [n for n in at_equal_kl(summary).values() if summary["policies"][n].get("calibration")]
+    if shown: blocks.append(
+        Figure("calibration", figure_bytes(plot_calibration(summary, shown)),
+               "Log-ratio gap against reward gap for pairs of held-out candidates of one prompt; "
+               "one policy per method, at about the same KL."))
+    return [*blocks, Figure("texts", figure_bytes(plot_samples(summary)),
+                            "Length, share finished and diversity of every policy's samples.")]
+
+# %% ../nbs/runs/04_report.ipynb #0d68075c
+def summary_line(summary:dict)->str:
+    "The plain numbers of a stage's summary, in one line."
+    fmt = lambda v: f"{v:,}" if isinstance(v, int) else number_text(v) \
+        if isinstance(v, float) else method_label(v)
+    lines = [f"{k.replace('_', ' ')} {fmt(v)}" for k, v in _plain_items(summary).items()]
+    return ", ".join([*lines, *(f"dropped {fmt(n)} ({why})" for why, n in _left_out(summary))])
+
+def _plain_items(summary:dict)->dict:
+    return {k: v for k, v in summary.items()
+            if isinstance(v, (int, float, str)) and not isinstance(v, bool)}
+
+def _left_out(summary:dict)->list: # [(reason, count)]
+    "What a stage left out, wherever its summary counts it."
+    found = [(k, v) for k, v in summary.items() if isinstance(v, dict)]
+    own = [(why, n) for k, v in found if k == "dropped" for why, n in v.items() if n]
+    return own + [pair for k, v in found if k != "dropped" for pair in _left_out(v)]
+
+# %% ../nbs/runs/04_report.ipynb #181af11a
+def joined_summary(summaries:list)->dict:
+    "One summary of several: what all share as it is, numbers that differ from least to largest."
+    plain = [_plain_items(s) for s in summaries]
+    def one(key):
+        values = list(dict.fromkeys(p[key] for p in plain))
+        if len(values) == 1: return values[0]
+        if any(isinstance(v, str) for v in values): return ", ".join(map(method_label, values))
+        return f"{number_text(min(values))} to {number_text(max(values))}"
+    dropped = Counter()
+    for s in summaries: dropped.update(dict(_left_out(s)))
+    return {k: one(k) for k in plain[0] if all(k in p for p in plain)} | {"dropped": dict(dropped)}
+
+def stage_rows(manifests:list)->list: # [stage, time, result]
+    "One line per kind of stage: repeats with other settings are one."
+    kinds = {}
+    for m in manifests:
+        head, slash, _ = m["stage"].partition("/")
+        kinds.setdefault(head if slash else m["stage"], []).append(m)
+    def row(kind, found):
+        seconds, results = sum(m["seconds"] for m in found), [m["summary"] for m in found]
+        if len(found) > 1:
+            return [f"{kind}, {len(found)} runs", f"{seconds:,.0f} s", summary_line(
+                joined_summary(results))]
+        return [found[0]["stage"], f"{seconds:,.0f} s",
+                summary_line({} if kind == "evaluate" else results[0])]
+    return [row(kind, found) for kind, found in kinds.items()]
+
+# %% ../nbs/runs/04_report.ipynb #fd7e7f39
+def pipeline_blocks(run:Path, parts:list)->list:
+    "What was run, on what, and how long it took."
+    manifests = [m for m in (read_manifest(run/part) for part in parts) if m]
+    total = sum(m["seconds"] for m in manifests)
+    versions = (", ".join(f"{k} {v}" for k, v in manifests[-1]["versions"].items())
+                if manifests else "")
+    time = f"{total/60:.1f} minutes" if total < 7200 else f"{total/3600:.1f} hours"
+    said = f"{len(manifests)} {'stage' if len(manifests) == 1 else 'stages'}, {time} in all"
+    return [Details(f"The pipeline: {said}", [
+        Table(["stage", "time", "result"], stage_rows(manifests), name="Pipeline"),
+        Text(f"Versions: {versions}.")])]
+
+# %% ../nbs/runs/04_report.ipynb #c3139ef7
+ONLINE_CURVES = {"objective/scores": "reward", "objective/kl": "KL, nats per response",
+                 "objective/entropy": "entropy, nats per response",
+                 "completions/mean_length": "length, tokens"}
+ONLINE_NOTE = "The policies' own samples while they train: reward, KL from SFT, entropy, length."
+OFFLINE_NOTE = ("Metrics of the trainings on stored candidates. Losses of different methods are on "
+                "different scales, so each is divided by its first value; R² = 1 − loss/2 is "
+                "defined for VCB's losses only.")
+LOSS_CURVES = {"loss/start": "loss, share of its start",
+               **{k: label for k, label in CURVES.items() if k != "loss"}}
+
+def training_blocks(run:Path, parts:list, summary:dict=None)->list:
+    "What every training logged, over its steps."
+    about, found = (summary or {}).get("policies", {}), {"calibrate": {}, "online": {}}
+    for part in parts:
+        path = run/part/"training_log.jsonl"
+        section, _, name = part.partition("/")
+        if section in found and path.exists():
+            found[section][name] = _from_start(
+                [json.loads(line) for line in path.read_text("utf-8").splitlines()])
+    labels = {n: run_label(n, p) for n, p in about.items()}
+    def figure(section, curves, caption):
+        drawn = figure_bytes(plot_training_curves(found[section], curves, labels))
+        return Figure("training" if section == "calibrate" else section, drawn, caption)
+    kinds = (("calibrate", LOSS_CURVES, OFFLINE_NOTE), ("online", ONLINE_CURVES, ONLINE_NOTE))
+    blocks = [figure(*kind) for kind in kinds if found[kind[0]]]
+    return [Details("Training curves", blocks)]*bool(blocks)
+
+def _from_start(log:list)->list:
+    "The log with each loss also as a share of the first, where that is above 0."
+    first = next((row["loss"] for row in log if "loss" in row), 0)
+    return [row | {"loss/start": row["loss"]/first} if "loss" in row and first > 0 else row
+            for row in log]
+
+# %% ../nbs/runs/04_report.ipynb #9a2bff1e
 @dataclass
 class ReportConfig:
     "Which run to report, and how."
@@ -367,35 +612,53 @@ class ReportConfig:
         self.parts = self.parts or [str(Path(self.run)/name/MANIFEST)
                                     for name in finished_stages(self.run) if name != "report"]
 
-def _samples(run:Path, summary:dict)->dict:
-    "The samples of every policy on the test prompts."
-    rows = {}
-    for name, policy in summary["policies"].items():
-        files = sorted((run/"evaluate"/policy["samples"]["test"]/"data").glob("*.jsonl"))
-        rows[name] = [json.loads(line) for f in files for line in f.read_text("utf-8").splitlines()]
-    return rows
+def _read_if(path:Path)->"dict | None":
+    return read_json(path) if path.exists() else None
 
+def _samples(run:Path, summary:dict)->tuple: # policy → rows; policy → rewards, where stored
+    "The samples of every policy on the test prompts, and their rewards by the first judge."
+    rows, rewards, judges = {}, {}, judges_of(summary)
+    for name, policy in summary["policies"].items():
+        folder = run/"evaluate"/policy["samples"]["test"]
+        files = sorted((folder/"data").glob("*.jsonl"))
+        rows[name] = [json.loads(line) for f in files for line in f.read_text("utf-8").splitlines()]
+        stored = [f for j in judges[:1] for f in folder.glob(f"{j}-*.json")]
+        if len(stored) == 1: rewards[name] = read_json(stored[0]) # of several, none is known to fit
+    return rows, rewards
+
+# %% ../nbs/runs/04_report.ipynb #2987fc85
 def report(config:ReportConfig)->dict: # where the pages are
     "Write `index.html`, `report.md`, `figures/` and `cards/` from what a run has left."
     run, out = Path(config.run), Path(config.output_dir or Path(config.run)/"report")
     parts = [Path(part).parent.relative_to(run).as_posix() for part in config.parts]
-    path = run/"evaluate"/"summary.json"
     title = config.title or f"Value-based Calibration: {run.name}"
-    blocks = [*pipeline_blocks(run, parts), *reward_blocks(run)]
-    if path.exists():
-        summary = read_json(path)
-        blocks += [*method_blocks(summary), *frontier_blocks(summary), *calibration_blocks(summary)]
-        blocks += sample_blocks(summary, _samples(run, summary), config.samples)
-    if "judge" in parts: blocks += judge_blocks(run)
-    write_report(title, blocks + training_blocks(run, parts), out)
+    summary, per_prompt = (_read_if(run/"evaluate"/name)
+                           for name in ("summary.json", "per_prompt.json"))
+    reward = _read_if(run/"reward"/"evaluation.json")
+    judged = _read_if(run/"judge"/"summary.json") if "judge" in parts else None
+    blocks = finding_blocks(summary, per_prompt, reward, judged)
+    blocks += reward_blocks(reward)
+    if judged: blocks += judge_blocks(run)
+    if summary:
+        rows, rewards = _samples(run, summary)
+        blocks += sample_blocks(summary, rows, config.samples, rewards)
+    blocks += policy_blocks(summary) if summary else [Heading("Details")]
+    blocks += [*training_blocks(run, parts, summary), *pipeline_blocks(run, parts)]
+    write_report(title, blocks, out)
     write_cards(run, out/"cards")
     return {"html": str(out/"index.html"), "markdown": str(out/"report.md"),
-            "figures": sum(isinstance(b, Figure) for b in blocks)}
+            "figures": sum(isinstance(b, Figure) for b in every_block(blocks))}
 
-# %% ../nbs/runs/04_report.ipynb #a8da4992
+# %% ../nbs/runs/04_report.ipynb #8c125778
+def every_block(blocks:list):
+    "The blocks, and those that are folded."
+    for block in blocks:
+        yield block
+        if isinstance(block, Details): yield from every_block(block.blocks)
+
 def write_report(title:str, blocks:list, out:Path)->None:
     "Both pages and the figures."
-    for block in blocks:
+    for block in every_block(blocks):
         if isinstance(block, Figure): atomic_write(out/"figures"/f"{block.name}.png", block.image)
     atomic_write(out/"report.md", render_markdown(title, blocks))
     atomic_write(out/"index.html", render_html(title, blocks))

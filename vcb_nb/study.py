@@ -505,7 +505,7 @@ def _wins(games:dict, name:str)->dict:
 
 def _fit(policy:dict)->dict:
     found = policy.get("calibration") or {}
-    return {k: found[k]["value"] if k in found else None for k in ("slope", "r2")}
+    return {k: found[k]["value"] if k in found else None for k in ("slope", "pearson")}
 
 # %% ../nbs/runs/09_study.ipynb #f357c348
 def arms_of(numbers:list, # rows with a number per prompt
