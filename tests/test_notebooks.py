@@ -156,10 +156,6 @@ def test_code_fits_its_column(path):
     assert not wide, wide
 
 
-PENDING = { # their pictures have no alternative text yet
-    *(f"theory/0{i}" for i in (1, 2, 3, 4, 5, 9)), "theory/10", "foundations/23",
-    "runs/00", "runs/04", "runs/10"}
-DESCRIBED = [path for path in NOTEBOOKS if f"{path.parent.name}/{path.name[:2]}" not in PENDING]
 
 
 def undescribed(cell):
@@ -171,7 +167,7 @@ def undescribed(cell):
         if bare or not all(image.get("alt", "").strip() for image in images): yield data
 
 
-@pytest.mark.parametrize("path", DESCRIBED, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_stored_pictures_have_an_alternative_text(path):
     "A cell that plots ends with `show_figure(figure, alt)`."
     for cell in nbformat.read(path, 4).cells: assert not [*undescribed(cell)], cell.source
