@@ -392,7 +392,7 @@ def _stage_of_recipe(stage, recipe_name:str, settings:dict, redo:bool)->None:
     top = {k: settings.pop(k) for k in ("output_dir",) if k in settings}
     recipe = load_recipe(recipe_name, {**top, **{f"{stage.name}.{k}": v
                                                  for k, v in settings.items()}})
-    jobs = [job for job in plan(recipe) if job.stage is stage]
+    jobs = [job for job in plan(recipe) if job.section == stage.name]
     if not jobs: raise InputError(f"{recipe_name} has no stage '{stage.name}'.")
     with nullcontext() if rank_and_world()[0] else run_lock(recipe["output_dir"]):
         check_jobs(jobs)

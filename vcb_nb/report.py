@@ -205,6 +205,29 @@ def reward_blocks(run:Path)->list:
                     "the chosen one, against how sure it is.")
     return [Heading("Reward model"), Text(text), figure]
 
+# %% ../nbs/runs/04_report.ipynb #102b005c
+ROUNDS_NOTE = ("Each round trains on candidates of the policy before it. Rewards are those of the "
+               "training prompts' candidates, by the reward that calibrates. KL is that of the "
+               "policy that sampled, from SFT.")
+_ROUND = re.compile(r"score_(.+)-round([0-9]+)")
+
+def round_blocks(run:Path, parts:list)->list:
+    "The candidates of every round, for each method that has rounds."
+    found = [(m[1], m[2], read_manifest(run/part)) for part in parts if (m := _ROUND.fullmatch(part))]
+    first = read_manifest(run/"score") if found else None
+    rows = []
+    for name in dict.fromkeys(name for name, _, _ in found):
+        own = [("1", first)] * bool(first) + [(k, m) for n, k, m in found if n == name]
+        rows += [_round_row(name, number, m["summary"]) for number, m in own if m]
+    table = Table(["method", "round", "prompts", "candidates", "mean reward", "mean σ(x)",
+                   "KL (nats)"], rows, numeric=1)
+    return [Heading("Rounds"), Text(ROUNDS_NOTE), table] if rows else []
+
+def _round_row(name:str, number:str, s:dict)->list:
+    kl = 0. if number == "1" else s.get("kl")
+    return [name, number, f"{s['prompts']:,}", f"{s['candidates']:,}", f"{s['reward_mean']:.3f}",
+            f"{s['reward_std']:.3f}", "–" if kl is None else f"{kl:.2f}"]
+
 # %% ../nbs/runs/04_report.ipynb #c58bde03
 METHODS_NOTE = ("Means over prompts with 95 % bootstrap intervals (prompts are resampled). "
                 "KL is estimated on the policy's own samples; wins are judged by the first "
@@ -381,7 +404,7 @@ def report(config:ReportConfig)->dict: # where the pages are
     parts = [Path(part).parent.relative_to(run).as_posix() for part in config.parts]
     path = run/"evaluate"/"summary.json"
     title = config.title or f"Value-based Calibration: {run.name}"
-    blocks = [*pipeline_blocks(run, parts), *reward_blocks(run)]
+    blocks = [*pipeline_blocks(run, parts), *reward_blocks(run), *round_blocks(run, parts)]
     if path.exists():
         summary = read_json(path)
         blocks += [*method_blocks(summary), *frontier_blocks(summary), *calibration_blocks(summary)]
