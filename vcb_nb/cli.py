@@ -286,8 +286,9 @@ def _show_plan(jobs:list)->None:
     from vcb_nb.pipeline import Problems, find_problems, plan_states, quietly
     states = plan_states(jobs)
     with quietly(): problems = find_problems(jobs, states)
+    width = max(24, *map(len, states))
     for name, said in states.items():
-        print(f"{name:<24} {' '.join(filter(None, said))}{', cannot start' * (name in problems)}")
+        print(f"{name:<{width}} {' '.join(filter(None, said))}{', cannot start' * (name in problems)}")
     if problems: raise Problems(problems)
     _show_commits(jobs)
 

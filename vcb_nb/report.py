@@ -206,27 +206,32 @@ def reward_blocks(run:Path)->list:
     return [Heading("Reward model"), Text(text), figure]
 
 # %% ../nbs/runs/04_report.ipynb #102b005c
-ROUNDS_NOTE = ("Each round trains on candidates of the policy before it. Rewards are those of the "
-               "training prompts' candidates, by the reward that calibrates. KL is that of the "
-               "policy that sampled, from SFT.")
-_ROUND = re.compile(r"score_(.+)-round([0-9]+)")
+ROUNDS_NOTE = ("Each round trains on candidates of the policy before it, the first on those of SFT. "
+               "Mean reward and σ(x) are those of all scored candidates, by the reward that "
+               "calibrates. KL is that of the policy that sampled, from SFT.")
+_ROUND = re.compile(r"calibrate/(.+)-round([0-9]+)")
 
 def round_blocks(run:Path, parts:list)->list:
     "The candidates of every round, for each method that has rounds."
-    found = [(m[1], m[2], read_manifest(run/part)) for part in parts if (m := _ROUND.fullmatch(part))]
-    first = read_manifest(run/"score") if found else None
-    rows = []
-    for name in dict.fromkeys(name for name, _, _ in found):
-        own = [("1", first)] * bool(first) + [(k, m) for n, k, m in found if n == name]
-        rows += [_round_row(name, number, m["summary"]) for number, m in own if m]
-    table = Table(["method", "round", "prompts", "candidates", "mean reward", "mean σ(x)",
-                   "KL (nats)"], rows, numeric=1)
+    ended = {} # method → the rounds before its last
+    for part in parts:
+        if found := _ROUND.fullmatch(part): ended.setdefault(found[1], []).append(int(found[2]))
+    rows = [_round_row(run, name, number, f"{name}-round{number}" if number in numbers else name)
+            for name, numbers in ended.items() for number in (*numbers, max(numbers) + 1)
+            if number in numbers or f"calibrate/{name}" in parts]
+    table = Table(["method", "round", "trained on", "mean reward", "mean σ(x)", "KL (nats)"], rows,
+                  numeric=1)
     return [Heading("Rounds"), Text(ROUNDS_NOTE), table] if rows else []
 
-def _round_row(name:str, number:str, s:dict)->list:
-    kl = 0. if number == "1" else s.get("kl")
-    return [name, number, f"{s['prompts']:,}", f"{s['candidates']:,}", f"{s['reward_mean']:.3f}",
-            f"{s['reward_std']:.3f}", "–" if kl is None else f"{kl:.2f}"]
+def _round_row(run:Path, name:str, number:int, trained:str)->list:
+    "A round: what its training used, and what was scored for it."
+    folder = "score" if number == 1 else f"score_{name}-round{number}"
+    used = read_manifest(run/"calibrate"/trained)["summary"]["data"]["train"]
+    scored = (read_manifest(run/folder) or {}).get("summary", {})
+    kl = 0. if number == 1 else scored.get("kl")
+    told = [(scored.get("reward_mean"), ".3f"), (scored.get("reward_std"), ".3f"), (kl, ".2f")]
+    return [name, str(number), f"{used['candidates']:,} responses to {used['prompts']:,} prompts",
+            *("–" if value is None else format(value, form) for value, form in told)]
 
 # %% ../nbs/runs/04_report.ipynb #c58bde03
 METHODS_NOTE = ("Means over prompts with 95 % bootstrap intervals (prompts are resampled). "

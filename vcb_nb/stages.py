@@ -268,6 +268,9 @@ def _check_rounds(at, name:str, settings:dict, where:str)->None:
     if settings.get("candidates") or at.setting("score", "candidates"):
         raise InputError(f"{key} split the prompts, which needs candidates of the section sample. "
                          "Set rounds.prompts to all, or leave your own candidates out.")
+    if at.setting("sample", "part"):
+        raise InputError(f"{key} split the prompts, and sample.part takes a part of them already. "
+                         "Leave sample.part out.")
     if settings.get("sigma", "stored") == "stored" and _needs_sigma(settings):
         raise InputError(f"{key} split the prompts, so those of later rounds have no SFT samples "
                          "for sigma 'stored'. Set sigma to candidates or dataset.")
