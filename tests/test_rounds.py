@@ -157,7 +157,7 @@ def test_every_round_draws_by_its_own_seed(tmp_path):
     "By the seed of round 1, a policy that has hardly moved would say the same again."
     jobs = jobs_of(recipe_of(tmp_path))
     seeds = [round_seed(seed, number) for seed in range(20) for number in range(1, 9)]
-    assert len({*seeds}) == len(seeds) and max(seeds) < 2**31
+    assert len({*seeds}) == len(seeds) and max(seeds) < 2**31 and round_seed(7, 1) == 7
     assert [jobs[f"sample_twice-round{k}"].config.seed for k in (2, 3)] == [
         round_seed(0, 2), round_seed(0, 3)]
     assert jobs["calibrate/twice"].config.seed == round_seed(0, 3)

@@ -190,6 +190,24 @@ def all_sigmas(dataset, picks:list, pooled:float|None=None)->tuple: # (kinds, si
     kinds = {"stored": stored, "candidates": own, "dataset": torch.full_like(own, pooled)}
     return kinds, signal
 
+# %% ../nbs/stages/06_calibrate.ipynb #ffa78b8b
+def sigma_of_others(rows, # candidates
+                    source:str, # scored candidates of the SFT model
+                   ): # the rows, with these candidates' reward_std
+    "Put σ(x) of a prompt's SFT samples in place of that of the candidates that are trained on."
+    others = load_candidates(source, need=("rewards",))
+    sigma = stored_sigma(others, *pad_ragged(list(others["rewards"]))).tolist()
+    known = dict(zip(map(prompt_key, others["prompt"]), sigma))
+    found = [known.get(prompt_key(prompt), 0.) for prompt in rows["prompt"]]
+    unknown = sum(prompt_key(prompt) not in known for prompt in rows["prompt"])
+    if unknown == len(found):
+        raise InputError(f"{source} has none of the prompts, so σ(x) is not known. Give scored "
+                         "samples of the same prompts, or set sigma='candidates'.")
+    if unknown: log.warning("%s: %d of %d prompts are not there, so their σ(x) is not known. They "
+                            "are left out.", source, unknown, len(found))
+    if "reward_std" in rows.column_names: rows = rows.remove_columns("reward_std")
+    return rows.add_column("reward_std", found)
+
 # %% ../nbs/stages/06_calibrate.ipynb #5f0e6a17
 def _mean_rewards(ids:list, rewards:list)->list:
     "The rewards of one prompt, equal where the token ids are."
@@ -538,23 +556,6 @@ class CalibrationTrainer(ReferenceTrainer):
         return super().evaluate(rows, *args, **kwargs)
 
 # %% ../nbs/stages/06_calibrate.ipynb #4ba20c54
-def sigma_of_others(rows, # candidates
-                    source:str, # scored candidates of the SFT model
-                   ): # the rows, with these candidates' reward_std
-    "Put σ(x) of a prompt's SFT samples in place of that of the candidates that are trained on."
-    others = load_candidates(source, need=("rewards",))
-    sigma = stored_sigma(others, *pad_ragged(list(others["rewards"]))).tolist()
-    known = dict(zip(map(prompt_key, others["prompt"]), sigma))
-    found = [known.get(prompt_key(prompt), 0.) for prompt in rows["prompt"]]
-    unknown = sum(prompt_key(prompt) not in known for prompt in rows["prompt"])
-    if unknown == len(found):
-        raise InputError(f"{source} has none of the prompts, so σ(x) is not known. Give scored "
-                         "samples of the same prompts, or set sigma='candidates'.")
-    if unknown: log.warning("%s: %d of %d prompts are not there, so their σ(x) is not known. They "
-                            "are left out.", source, unknown, len(found))
-    if "reward_std" in rows.column_names: rows = rows.remove_columns("reward_std")
-    return rows.add_column("reward_std", found)
-
 def _rows_of(config, rows):
     "Those of one part, with their σ(x)."
     if config.part:
