@@ -90,7 +90,8 @@ def test_what_each_job_reads(tmp_path):
     assert (first.model, first.candidates) == (sft, made("score", "data"))
     assert first.reference_model is first.sigma_candidates is None
     for number, before, name in ((2, "twice-round1", "twice-round2"), (3, "twice-round2", "twice")):
-        drawn, scored = (jobs[f"{stage}_twice-round{number}"].config for stage in ("sample", "score"))
+        drawn = jobs[f"sample_twice-round{number}"].config
+        scored = jobs[f"score_twice-round{number}"].config
         trained = jobs[f"calibrate/{name}"].config
         assert drawn.policy == scored.sampled_by == trained.model == made(f"calibrate/{before}")
         assert scored.reference == trained.reference_model == sft
@@ -218,7 +219,7 @@ def test_parts_together_are_one_round_of_all(run):
 @pytest.mark.parametrize("rows", [1, 7, 24])
 @pytest.mark.parametrize("parts", [1, 2, 5])
 def test_parts_are_disjoint_even_and_whole(rows, parts):
-    found = [in_part(f"{k}/{parts}", range(rows), "a.jsonl") for k in range(1, min(parts, rows) + 1)]
+    found = [in_part(f"{k + 1}/{parts}", range(rows), "a") for k in range(min(parts, rows))]
     assert sorted(sum(found, [])) == list(range(rows))
     assert max(map(len, found)) - min(map(len, found)) <= 1
     if parts > rows:

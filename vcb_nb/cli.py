@@ -288,7 +288,8 @@ def _show_plan(jobs:list)->None:
     with quietly(): problems = find_problems(jobs, states)
     width = max(24, *map(len, states))
     for name, said in states.items():
-        print(f"{name:<{width}} {' '.join(filter(None, said))}{', cannot start' * (name in problems)}")
+        stops = ", cannot start" * (name in problems)
+        print(f"{name:<{width}} {' '.join(filter(None, said))}{stops}")
     if problems: raise Problems(problems)
     _show_commits(jobs)
 

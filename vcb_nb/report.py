@@ -206,8 +206,8 @@ def reward_blocks(run:Path)->list:
     return [Heading("Reward model"), Text(text), figure]
 
 # %% ../nbs/runs/04_report.ipynb #102b005c
-ROUNDS_NOTE = ("Each round trains on candidates of the policy before it, the first on those of SFT. "
-               "Mean reward and σ(x) are those of all scored candidates, by the reward that "
+ROUNDS_NOTE = ("Each round trains on candidates of the policy before it, the first on those of "
+               "SFT. Mean reward and σ(x) are those of all scored candidates, by the reward that "
                "calibrates. KL is that of the policy that sampled, from SFT.")
 _ROUND = re.compile(r"calibrate/(.+)-round([0-9]+)")
 
