@@ -64,8 +64,6 @@ def method_color(name:str) -> str:
     return METHOD_COLORS.get(base_method(name), OTHER_COLOR)
 
 # %% ../nbs/theory/07_plots.ipynb #8af9dd9a
-_ROUNDS = re.compile(r"_rounds([0-9]+)$") # of a method that samples anew: its marker is that digit
-
 def method_marker(name:str) -> str:
     "The method's marker; a point for a name that starts with no known method."
     if rounds := _ROUNDS.search(name): return f"${rounds[1]}$"
@@ -76,6 +74,8 @@ def method_linestyle(name:str) -> str|tuple:
     return METHOD_LINESTYLES.get(base_method(name), "-")
 
 # %% ../nbs/theory/07_plots.ipynb #f92891bd
+_ROUNDS = re.compile(r"_rounds([0-9]+)$") # of a method that samples anew: its marker is that digit
+
 def method_label(name:str) -> str:
     "The name to print: `VCB` for `vcb`; any other name as it is."
     rounds = _ROUNDS.search(name)

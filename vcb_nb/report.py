@@ -205,34 +205,6 @@ def reward_blocks(run:Path)->list:
                     "the chosen one, against how sure it is.")
     return [Heading("Reward model"), Text(text), figure]
 
-# %% ../nbs/runs/04_report.ipynb #102b005c
-ROUNDS_NOTE = ("Each round trains on candidates of the policy before it, the first on those of "
-               "SFT. Mean reward and σ(x) are those of all scored candidates, by the reward that "
-               "calibrates. KL is that of the policy that sampled, from SFT.")
-_ROUND = re.compile(r"calibrate/(.+)-round([0-9]+)")
-
-def round_blocks(run:Path, parts:list)->list:
-    "The candidates of every round, for each method that has rounds."
-    ended = {} # method → the rounds before its last
-    for part in parts:
-        if found := _ROUND.fullmatch(part): ended.setdefault(found[1], []).append(int(found[2]))
-    rows = [_round_row(run, name, number, f"{name}-round{number}" if number in numbers else name)
-            for name, numbers in ended.items() for number in (*numbers, max(numbers) + 1)
-            if number in numbers or f"calibrate/{name}" in parts]
-    table = Table(["method", "round", "trained on", "mean reward", "mean σ(x)", "KL (nats)"], rows,
-                  numeric=1)
-    return [Heading("Rounds"), Text(ROUNDS_NOTE), table] if rows else []
-
-def _round_row(run:Path, name:str, number:int, trained:str)->list:
-    "A round: what its training used, and what was scored for it."
-    folder = "score" if number == 1 else f"score_{name}-round{number}"
-    used = read_manifest(run/"calibrate"/trained)["summary"]["data"]["train"]
-    scored = (read_manifest(run/folder) or {}).get("summary", {})
-    kl = 0. if number == 1 else scored.get("kl")
-    told = [(scored.get("reward_mean"), ".3f"), (scored.get("reward_std"), ".3f"), (kl, ".2f")]
-    return [name, str(number), f"{used['candidates']:,} responses to {used['prompts']:,} prompts",
-            *("–" if value is None else format(value, form) for value, form in told)]
-
 # %% ../nbs/runs/04_report.ipynb #c58bde03
 METHODS_NOTE = ("Means over prompts with 95 % bootstrap intervals (prompts are resampled). "
                 "KL is estimated on the policy's own samples; wins are judged by the first "
@@ -374,6 +346,34 @@ def judge_blocks(run:Path)->list:
     rows = list(map(_judged_row, summary["comparisons"]))
     return [Heading("Judge"), Text(JUDGE_NOTE), Table(columns, rows, numeric=2),
             Text(judge_facts(summary))]
+
+# %% ../nbs/runs/04_report.ipynb #102b005c
+ROUNDS_NOTE = ("Each round trains on candidates of the policy before it, the first on those of "
+               "SFT. Mean reward and σ(x) are those of all scored candidates, by the reward that "
+               "calibrates. KL is that of the policy that sampled, from SFT.")
+_ROUND = re.compile(r"calibrate/(.+)-round([0-9]+)")
+
+def round_blocks(run:Path, parts:list)->list:
+    "The candidates of every round, for each method that has rounds."
+    ended = {} # method → the rounds before its last
+    for part in parts:
+        if found := _ROUND.fullmatch(part): ended.setdefault(found[1], []).append(int(found[2]))
+    rows = [_round_row(run, name, number, f"{name}-round{number}" if number in numbers else name)
+            for name, numbers in ended.items() for number in (*numbers, max(numbers) + 1)
+            if number in numbers or f"calibrate/{name}" in parts]
+    table = Table(["method", "round", "trained on", "mean reward", "mean σ(x)", "KL (nats)"], rows,
+                  numeric=1)
+    return [Heading("Rounds"), Text(ROUNDS_NOTE), table] if rows else []
+
+def _round_row(run:Path, name:str, number:int, trained:str)->list:
+    "A round: what its training used, and what was scored for it."
+    folder = "score" if number == 1 else f"score_{name}-round{number}"
+    used = read_manifest(run/"calibrate"/trained)["summary"]["data"]["train"]
+    scored = (read_manifest(run/folder) or {}).get("summary", {})
+    kl = 0. if number == 1 else scored.get("kl")
+    told = [(scored.get("reward_mean"), ".3f"), (scored.get("reward_std"), ".3f"), (kl, ".2f")]
+    return [name, str(number), f"{used['candidates']:,} responses to {used['prompts']:,} prompts",
+            *("–" if value is None else format(value, form) for value, form in told)]
 
 # %% ../nbs/runs/04_report.ipynb #226666b0
 @dataclass
