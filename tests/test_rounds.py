@@ -104,6 +104,20 @@ def test_what_each_job_reads(tmp_path):
     assert jobs["calibrate/parts"].config.sigma_candidates is None
 
 
+@pytest.mark.parametrize("start, last", [("previous", None), ("sft", "v1")])
+def test_a_revision_is_that_of_sft(tmp_path, start, last):
+    "The reference keeps it in all rounds; a policy of an earlier round is a folder without one."
+    jobs = {job.name: job.settings for job in bad(
+        tmp_path, sample={"prompts": "p.jsonl", "revision": "v1"},
+        score={"reward": "vcb_nb.world:gold_reward"},
+        calibrate={"revision": "v1", "rounds": {"count": 2, "start": start}})}
+    assert jobs["calibrate/vcb"]["reference_model"] == "my/model@v1"
+    assert jobs["score_vcb-round2"]["reference"] == "my/model@v1"
+    assert jobs["calibrate/vcb-round1"]["revision"] == "v1"
+    assert jobs["calibrate/vcb"].get("revision") == last
+    assert "revision" not in jobs["sample_vcb-round2"]
+
+
 def test_rounds_of_the_section_hold_for_every_method(tmp_path):
     recipe = load_recipe(str(TINY), {"output_dir": str(tmp_path), "calibrate.rounds": "2",
                                      "calibrate.methods.dpo.rounds": "1"})

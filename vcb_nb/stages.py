@@ -209,6 +209,47 @@ def _sweep_points(sweep, key:str)->list:
     values = [coerce(v, float, f"{key}.{param}[{i}]") for i, v in enumerate(values)]
     return [(f"-{param}{value:g}", {param: value}) for value in values]
 
+# %% ../nbs/runs/01_stages.ipynb #bf32b57b
+def check_folder_name(name:str, key:str, where:str)->None:
+    "Raise `InputError` unless a name can be a folder of the run, and cannot lead out of it."
+    if re.fullmatch(r"[^./\\\s][^/\\]*", name) and name.isprintable(): return
+    raise InputError(f"{where}: {key} '{name}' cannot be a folder's name. Begin it with a letter "
+                     "or a digit, and leave out slashes.")
+
+def one_job_per_method(stage, at:Files, where:str)->dict:
+    "Trainings: `calibrate/vcb-gamma1`, …"
+    runs = expand_methods(at.recipe[stage.name] or {}, where, stage.name)
+    other = {"calibrate": "online", "online": "calibrate"}[stage.name]
+    for name in runs: check_folder_name(name, "the method", where)
+    twice = [name for name in runs if name in trained_runs(at, other, where)]
+    if twice:
+        raise InputError(f"{where}: '{twice[0]}' is a method of calibrate and of online. Give one "
+                         "of them another name: both are compared in one table.")
+    jobs = {}
+    for name, settings in runs.items():
+        made = round_jobs(at, name, settings, where) if "rounds" in settings else {
+            f"{stage.name}/{name}": settings}
+        if double := next((job for job in made if job in jobs), None):
+            raise InputError(f"{where}: '{double}' would be made twice. Give the method "
+                             f"'{name}' another name.")
+        jobs |= made
+    return jobs
+
+def trained_runs(at:Files, section:str, where:str="recipe")->dict: # run name → settings
+    "The runs of a section of methods; none where a recipe has no such section."
+    if not at.has(section): return {}
+    return expand_methods(at.recipe[section] or {}, where, section)
+
+def with_validation(stage, at:Files, where:str)->dict:
+    "Candidates of the training prompts, and of held-out ones for the calibration plot."
+    jobs = one_job(stage, at, where)
+    limit = None if at.prepared("prompts_validation.jsonl") else at.setting("evaluate", "limit")
+    held_out = {"sample": dict(prompts=str(at.held_out_prompts), limit=limit),
+                "score": dict(candidates=str(at.run/"sample_validation"/"data"))}[stage.name]
+    if at.held_out:
+        jobs[f"{stage.name}_validation"] = {**jobs[stage.name], **held_out}
+    return jobs
+
 # %% ../nbs/runs/01_stages.ipynb #a3c51ce2
 @dataclass
 class Rounds:
@@ -292,7 +333,8 @@ def _fresh_candidates(at, label:str, number:int, policy:str, settings:dict, wher
     rounds, seed = settings["rounds"], at.recipe.get("seed", 0)
     prompts = dict(prompts=str(_round_prompts(at, settings, rounds)))
     drawn = _over(at, "sample", where, prompts, rounds.sample)
-    drawn |= dict(policy=policy, seed=round_seed(drawn.get("seed", seed), number), revision=None)
+    drawn |= dict(policy=policy, seed=round_seed(drawn.get("seed", seed), number))
+    drawn.pop("revision", None) # of SFT
     if rounds.prompts == "split": drawn["part"] = f"{number}/{rounds.count}"
     reference = dict(reference=_reference(at, settings)) if not at.setting(
         "score", "reference") else {}
@@ -302,7 +344,9 @@ def _fresh_candidates(at, label:str, number:int, policy:str, settings:dict, wher
 
 def _reference(at, settings:dict)->"str | None":
     "The frozen model of all rounds: what round 1 starts from, unless another is named."
-    found = settings.get("reference_model") or settings.get("model") or at.policy
+    if named := settings.get("reference_model"): return named
+    found, revision = settings.get("model") or at.policy, settings.get("revision")
+    if revision and not str(found).endswith(f"@{revision}"): return f"{found}@{revision}"
     return found and str(found)
 
 def _later_training(at, label:str, number:int, policy:str, settings:dict)->dict:
@@ -310,7 +354,7 @@ def _later_training(at, label:str, number:int, policy:str, settings:dict)->dict:
     first, seed = _first_candidates(at, settings), settings.get("seed", at.recipe.get("seed", 0))
     own = dict(candidates=str(at.run/f"score_{label}"/"data"), seed=round_seed(seed, number),
                reference_model=_reference(at, settings))
-    if settings["rounds"].start == "previous": own |= dict(model=policy, revision=None)
+    if settings["rounds"].start == "previous": own["model"] = policy
     fixed = settings.get("sigma", "stored") != "candidates"
     if fixed and settings["rounds"].prompts == "all": own["sigma_candidates"] = str(first)
     return own
@@ -328,50 +372,10 @@ def round_jobs(at, name:str, # of the method
         if number > 1:
             jobs |= _fresh_candidates(at, label, number, policy, settings, where)
             run |= _later_training(at, label, number, policy, settings)
+            if rounds.start == "previous": run.pop("revision", None) # of SFT
         elif rounds.prompts == "split": run["part"] = f"1/{rounds.count}"
         job = f"calibrate/{name if number == rounds.count else label}"
         jobs[job], policy = run, str(at.run/job/"model")
-    return jobs
-
-# %% ../nbs/runs/01_stages.ipynb #bf32b57b
-def check_folder_name(name:str, key:str, where:str)->None:
-    "Raise `InputError` unless a name can be a folder of the run, and cannot lead out of it."
-    if re.fullmatch(r"[^./\\\s][^/\\]*", name) and name.isprintable(): return
-    raise InputError(f"{where}: {key} '{name}' cannot be a folder's name. Begin it with a letter "
-                     "or a digit, and leave out slashes.")
-
-def one_job_per_method(stage, at:Files, where:str)->dict:
-    "Trainings: `calibrate/vcb-gamma1`, …"
-    runs = expand_methods(at.recipe[stage.name] or {}, where, stage.name)
-    other = {"calibrate": "online", "online": "calibrate"}[stage.name]
-    for name in runs: check_folder_name(name, "the method", where)
-    twice = [name for name in runs if name in trained_runs(at, other, where)]
-    if twice:
-        raise InputError(f"{where}: '{twice[0]}' is a method of calibrate and of online. Give one "
-                         "of them another name: both are compared in one table.")
-    jobs = {}
-    for name, settings in runs.items():
-        made = round_jobs(at, name, settings, where) if "rounds" in settings else {
-            f"{stage.name}/{name}": settings}
-        if double := next((job for job in made if job in jobs), None):
-            raise InputError(f"{where}: '{double}' would be made twice. Give the method "
-                             f"'{name}' another name.")
-        jobs |= made
-    return jobs
-
-def trained_runs(at:Files, section:str, where:str="recipe")->dict: # run name → settings
-    "The runs of a section of methods; none where a recipe has no such section."
-    if not at.has(section): return {}
-    return expand_methods(at.recipe[section] or {}, where, section)
-
-def with_validation(stage, at:Files, where:str)->dict:
-    "Candidates of the training prompts, and of held-out ones for the calibration plot."
-    jobs = one_job(stage, at, where)
-    limit = None if at.prepared("prompts_validation.jsonl") else at.setting("evaluate", "limit")
-    held_out = {"sample": dict(prompts=str(at.held_out_prompts), limit=limit),
-                "score": dict(candidates=str(at.run/"sample_validation"/"data"))}[stage.name]
-    if at.held_out:
-        jobs[f"{stage.name}_validation"] = {**jobs[stage.name], **held_out}
     return jobs
 
 # %% ../nbs/runs/01_stages.ipynb #6fe079fa
