@@ -73,6 +73,7 @@ OTHER = {
     "model_config": {"hidden_size": 64}, "dtype": "bfloat16", "device": "cpu",
     "attn_implementation": "eager", "quantization": "4bit", "policy": "b.txt",
     "policies": {"vcb": "b.txt"}, "methods": {"sft": {"method": "sft"}}, "backend": "vllm",
+    "part": "1/2",
     "calibrate.reference": "live", "online.sigma": "stored", "pretrain.objective": "completion",
     "objective": "text", "split_by": "prompt",
     "loss": "dpo", "loss_params": {"gamma": .5}, "way": "rows", "reference_model": "b.txt",

@@ -22,8 +22,8 @@ from vcb_nb.adapters import add_lora
 from vcb_nb.artifacts import InputError, did_you_mean
 from vcb_nb.chat import as_turns
 from vcb_nb.checks import Outlook, check_model, readable_size
-from vcb_nb.data import (encode_prompt, encode_response, load_candidates, load_demonstrations,
-                         load_pairs, load_prompts, load_texts)
+from vcb_nb.data import (encode_prompt, encode_response, in_part, load_candidates,
+                         load_demonstrations, load_pairs, load_prompts, load_texts)
 from vcb_nb.loading import as_dtype, load_tokenizer
 from vcb_nb.logprobs import checked_logps, lay_out
 from vcb_nb.models import disable_dropout, new_config
@@ -491,6 +491,8 @@ def _sampling(config, policy, prompts, peek)->Work:
     "Candidates of prompts."
     rows = load_prompts(peek.place(prompts))
     if config.limit: rows = rows.select(range(min(config.limit, len(rows))))
+    if part := getattr(config, "part", None):
+        rows = rows.select(in_part(part, range(len(rows)), prompts))
     found = token_lengths(peek.tokenizer(policy), rows, (), config, config.max_prompt_length)
     return Work("sample", len(rows), found.prompt, config.n, _expected(config, peek),
                 (found.longest[0], config.max_new_tokens), batch=config.batch_size, **_how(config))
@@ -517,6 +519,7 @@ def _calibrate_work(config, peek)->list:
     found = _candidate_groups(config.candidates, config, peek)
     n = min(config.n_candidates or found.n, found.n)
     groups = found.groups * _kept_share(config, config.eval_candidates)
+    if config.part: groups /= int(config.part.partition("/")[2])
     lengths = Lengths(found.prompt, found.response, found.longest)
     return [(peek.config(config.model), _training(config, groups, lengths, n))]
 

@@ -17,8 +17,9 @@ from transformers import set_seed
 from .adapters import check_lora, fresh_adapter, live_reference
 from .artifacts import InputError, did_you_mean
 from .batches import check_dataset
-from .data import (attach_ids, chat_candidates, check_stored_ids, load_candidates,
-                         warn_shared)
+from .chat import prompt_key
+from .data import (attach_ids, chat_candidates, check_part, check_stored_ids, in_part,
+                         load_candidates, warn_shared)
 from .loading import (QuantizedLoading, at_revision, check_same_tokenizer, load_policy,
                             load_tokenizer)
 from .logprobs import WAYS, checked_logps, lay_out, same_way
@@ -82,8 +83,13 @@ class CalibrationConfig(TrainingDefaults, QuantizedLoading):
         "Divide rewards by σ(x) also in the value-based losses that do not of themselves.")
     reference: str = option("stored",
         "'stored' reads the column ref_logps; 'live' runs the reference model.")
-    reference_model: str | None = option(None, "Reference of reference='live'; default: `model`.",
-                                         source=True)
+    sigma_candidates: str | None = option(None,
+        "Scored SFT samples of the same prompts: 'stored' and 'dataset' are their σ; default: that "
+        "of `candidates`.", source=True)
+    reference_model: str | None = option(None, "The reference, where the policy starts from "
+                                         "another model; default: `model`.", source=True)
+    part: str | None = option(None, "Train on this part of the prompts only: '1/4' is every "
+                              "fourth, by the number that sampling gave it (column index).")
     n_candidates: int | None = option(None,
         "Keep at most this many candidates per prompt, drawn by `seed`.")
     apply_chat_template: bool = option(False,
@@ -111,6 +117,7 @@ class CalibrationConfig(TrainingDefaults, QuantizedLoading):
         check_choice("reference", self.reference, REFERENCE)
         check_least(self, max_prompt_length=1, max_completion_length=1)
         check_share(self.eval_share)
+        check_part(self.part)
         check_lora(self.peft_config)
         if self.n_candidates is not None and self.n_candidates < 2:
             raise InputError(f"n_candidates is {self.n_candidates}. A comparison needs at least 2.")
@@ -187,6 +194,24 @@ def all_sigmas(dataset, picks:list, pooled:float|None=None)->tuple: # (kinds, si
     pooled = pooled_sigma(stored, mask.sum(1)) if pooled is None else pooled
     kinds = {"stored": stored, "candidates": own, "dataset": torch.full_like(own, pooled)}
     return kinds, signal
+
+# %% ../nbs/stages/06_calibrate.ipynb #ffa78b8b
+def sigma_of_others(rows, # candidates
+                    source:str, # scored candidates of the SFT model
+                   ): # the rows, with these candidates' reward_std
+    "Put σ(x) of a prompt's SFT samples in place of that of the candidates that are trained on."
+    others = load_candidates(source, need=("rewards",))
+    sigma = stored_sigma(others, *pad_ragged(list(others["rewards"]))).tolist()
+    known = dict(zip(map(prompt_key, others["prompt"]), sigma))
+    found = [known.get(prompt_key(prompt), 0.) for prompt in rows["prompt"]]
+    unknown = sum(prompt_key(prompt) not in known for prompt in rows["prompt"])
+    if unknown == len(found):
+        raise InputError(f"{source} has none of the prompts, so σ(x) is not known. Give scored "
+                         "samples of the same prompts, or set sigma='candidates'.")
+    if unknown: log.warning("%s: %d of %d prompts are not there, so their σ(x) is not known. They "
+                            "are left out.", source, unknown, len(found))
+    if "reward_std" in rows.column_names: rows = rows.remove_columns("reward_std")
+    return rows.add_column("reward_std", found)
 
 # %% ../nbs/stages/06_calibrate.ipynb #5f0e6a17
 def _mean_rewards(ids:list, rewards:list)->list:
@@ -513,7 +538,9 @@ class CalibrationTrainer(ReferenceTrainer):
             for rows in (train_dataset, eval_dataset): check_dataset(reader, rows)
         super().__init__(model, args, CandidateCollator(filler_id(model, tokenizer), self.way),
                          train_dataset, eval_dataset, tokenizer, **kwargs)
-        self.compared, self.reference = args.reference == "live", self.place_reference(live)
+        # A reference that is named may be another model than the one that is trained.
+        self.compared = args.reference == "live" or args.reference_model not in (None, args.model)
+        self.reference = self.place_reference(live)
 
     def prepare(self, dataset, part:str, args=None, tokenizer=None):
         "Rows with ids, σ and a choice of candidates; counts go to `self.info[part]`."
@@ -532,6 +559,13 @@ class CalibrationTrainer(ReferenceTrainer):
         return super().evaluate(rows, *args, **kwargs)
 
 # %% ../nbs/stages/06_calibrate.ipynb #4ba20c54
+def _rows_of(config, rows):
+    "Those of one part, with their σ(x)."
+    if config.part:
+        numbers = rows["index"] if "index" in rows.column_names else range(len(rows))
+        rows = rows.select(in_part(config.part, numbers, config.candidates))
+    return sigma_of_others(rows, config.sigma_candidates) if config.sigma_candidates else rows
+
 def load_split(config:CalibrationConfig)->tuple: # (train, eval or None)
     "The candidates to train on, and those of other prompts to evaluate on."
     for name in ("model", "candidates"):
@@ -540,6 +574,7 @@ def load_split(config:CalibrationConfig)->tuple: # (train, eval or None)
                              "candidates.")
     rows = load_candidates(config.candidates, need=("rewards",))
     check_stored_ids(rows, load_tokenizer(config.model), config.model, config.candidates)
+    rows = _rows_of(config, rows)
     if config.reference == "live" and config.reference_model:
         check_same_tokenizer(config.model, config.reference_model)
     if config.eval_candidates:
@@ -566,6 +601,7 @@ def check_calibrate(config:CalibrationConfig, ahead)->None:
         if maker and config.reference == "stored" and not getattr(maker, "reference", None):
             ahead.problems.append(f"{source} will have no column 'ref_logps'. "
                                   + REMEDY["ref_logps"])
+    ahead.data(config.sigma_candidates, _load_scored)
     for model in (config.model, config.reference_model): ahead.model(model)
     ahead.training(config, ahead.origin(config.model))
 

@@ -286,8 +286,10 @@ def _show_plan(jobs:list)->None:
     from vcb_nb.pipeline import Problems, find_problems, plan_states, quietly
     states = plan_states(jobs)
     with quietly(): problems = find_problems(jobs, states)
+    width = max(24, *map(len, states))
     for name, said in states.items():
-        print(f"{name:<24} {' '.join(filter(None, said))}{', cannot start' * (name in problems)}")
+        stops = ", cannot start" * (name in problems)
+        print(f"{name:<{width}} {' '.join(filter(None, said))}{stops}")
     if problems: raise Problems(problems)
     _show_commits(jobs)
 
@@ -392,7 +394,7 @@ def _stage_of_recipe(stage, recipe_name:str, settings:dict, redo:bool)->None:
     top = {k: settings.pop(k) for k in ("output_dir",) if k in settings}
     recipe = load_recipe(recipe_name, {**top, **{f"{stage.name}.{k}": v
                                                  for k, v in settings.items()}})
-    jobs = [job for job in plan(recipe) if job.stage is stage]
+    jobs = [job for job in plan(recipe) if job.section == stage.name]
     if not jobs: raise InputError(f"{recipe_name} has no stage '{stage.name}'.")
     with nullcontext() if rank_and_world()[0] else run_lock(recipe["output_dir"]):
         check_jobs(jobs)

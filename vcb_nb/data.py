@@ -828,6 +828,23 @@ def warn_shared(train, held, # data sets
     return same, shared
 
 # %% ../nbs/foundations/06_data.ipynb #062b0887
+def check_part(part:str | None)->None:
+    "Raise `InputError` unless a part is named as in '2/4', the second of four."
+    found = re.fullmatch(r"([0-9]+)/([0-9]+)", part or "1/1")
+    if not (found and 1 <= int(found[1]) <= int(found[2])):
+        raise InputError(f"part is {part!r}. Give a number and how many parts there are, as in "
+                         "'2/4'.")
+
+def in_part(part:str | None, # as '2/4'; None: all
+            numbers, # of the rows, from 0
+            where:str, # their source, for the message
+           )->list: # positions in `numbers`
+    "The rows of a part: '2/4' takes every fourth one, from the second on."
+    which, parts = map(int, (part or "1/1").split("/"))
+    found = [i for i, number in enumerate(numbers) if number % parts == which - 1]
+    if found: return found
+    raise InputError(f"{where}: part {part} has no prompt. Give more prompts, or fewer parts.")
+
 PER_CANDIDATE = ("completion_ids", "finish_reasons", "sample_logps", "rewards", "ref_logps")
 
 def _check_candidates(row, where, need):

@@ -20,7 +20,7 @@ from .hub import find_commit, is_hub_name
 from .recipes import load_recipe, save_recipe
 from .settings import deciding, differences, load_object, source_key
 from .shards import rank_and_world
-from .stages import Files, Stage, find_stage, stage_names
+from .stages import Files, Stage, find_stage, stage_names, stage_of
 
 # %% ../nbs/runs/03_pipeline.ipynb #acd2c01c
 log = logging.getLogger(__name__)
@@ -33,10 +33,11 @@ class Job:
     stage: Stage
     folder: Path # where it writes
     settings: dict # fields of the config class
+    section: str = None # of the recipe; default: its stage's
     config: object = field(init=False, repr=False) # made of them
 
     def __post_init__(self):
-        config_class = self.stage.config_class
+        self.section, config_class = self.section or self.stage.name, self.stage.config_class
         self.config = config_class(**{**self.settings, "output_dir": str(self.folder)})
 
     @property
@@ -72,10 +73,10 @@ def plan(recipe:dict, # a checked recipe
     jobs, problems = [], {}
     for stage in map(find_stage, filter(recipe.__contains__, stage_names(in_recipes=True))):
         at = Files(recipe, tuple(jobs))
-        given = _given(stage, at)
         for name, settings in stage.expand(stage, at, "recipe").items():
-            try: jobs.append(Job(name, stage, at.run/name, {**given, **settings}))
-            except InputError as e: problems[name] = [f"{e}{_remedy(stage, str(e))}"]
+            run, settings = stage_of(name), {**_given(stage_of(name), at), **settings}
+            try: jobs.append(Job(name, run, at.run/name, settings, stage.name))
+            except InputError as e: problems[name] = [f"{e}{_remedy(run, str(e))}"]
     if problems: raise Problems(problems)
     if not jobs: raise InputError("The recipe has no stage. Give it a section, for example 'data'.")
     return jobs
@@ -292,10 +293,10 @@ def _refuse_changed(jobs:list)->None:
         if _has_work(job.folder): _refuse(job, differences(job.stage.config_class, old, new))
 
 def up_to(jobs:list, stage:str)->list:
-    "The jobs up to the last one of this name, or of this stage."
-    last = max((i for i, j in enumerate(jobs) if stage in (j.name, j.stage.name)), default=None)
+    "The jobs up to the last one of this name, or of this section."
+    last = max((i for i, j in enumerate(jobs) if stage in (j.name, j.section)), default=None)
     if last is not None: return jobs[:last + 1]
-    names = {name for job in jobs for name in (job.name, job.stage.name)}
+    names = {name for job in jobs for name in (job.name, job.section)}
     raise InputError(f"The recipe has no stage '{stage}'. {did_you_mean(stage, names)}")
 
 def run_recipe(recipe:dict, # a checked recipe

@@ -78,6 +78,7 @@ def method_ink(name:str) -> str:
 
 def method_marker(name:str) -> str:
     "The method's marker; a point for a name that starts with no known method."
+    if rounds := _ROUNDS.search(name): return f"${rounds[1]}$"
     return METHOD_MARKERS.get(base_method(name), ".")
 
 def method_linestyle(name:str) -> str|tuple:
@@ -85,9 +86,13 @@ def method_linestyle(name:str) -> str|tuple:
     return METHOD_LINESTYLES.get(base_method(name), "-")
 
 # %% ../nbs/theory/07_plots.ipynb #f92891bd
+_ROUNDS = re.compile(r"_rounds([0-9]+)$") # of a method that samples anew: its marker is that digit
+
 def method_label(name:str) -> str:
     "The name to print: `VCB` for `vcb`; any other name as it is."
-    return METHOD_LABELS.get(name, name)
+    rounds = _ROUNDS.search(name)
+    plain = name[:rounds.start()] if rounds else name
+    return METHOD_LABELS.get(plain, plain) + (f", {rounds[1]} rounds" if rounds else "")
 
 def method_style(name:str, **overrides) -> dict:
     "Keyword arguments for `Axes.plot`: colour, marker, line style and label in one."

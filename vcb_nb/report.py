@@ -545,6 +545,34 @@ def stage_rows(manifests:list)->list: # [stage, time, result]
                 summary_line({} if kind == "evaluate" else results[0])]
     return [row(kind, found) for kind, found in kinds.items()]
 
+# %% ../nbs/runs/04_report.ipynb #102b005c
+ROUNDS_NOTE = ("Each round trains on candidates of the policy before it, the first on those of "
+               "SFT. Mean reward and σ(x) are those of all scored candidates, by the reward that "
+               "calibrates. KL is that of the policy that sampled, from SFT.")
+_ROUND = re.compile(r"calibrate/(.+)-round([0-9]+)")
+
+def round_blocks(run:Path, parts:list)->list:
+    "The candidates of every round, for each method that has rounds."
+    ended = {} # method → the rounds before its last
+    for part in parts:
+        if found := _ROUND.fullmatch(part): ended.setdefault(found[1], []).append(int(found[2]))
+    rows = [_round_row(run, name, number, f"{name}-round{number}" if number in numbers else name)
+            for name, numbers in ended.items() for number in (*numbers, max(numbers) + 1)
+            if number in numbers or f"calibrate/{name}" in parts]
+    table = Table(["method", "round", "trained on", "mean reward", "mean σ(x)", "KL (nats)"], rows,
+                  numeric=1, name="Rounds")
+    return [Details("Rounds", [Text(ROUNDS_NOTE), table])] if rows else []
+
+def _round_row(run:Path, name:str, number:int, trained:str)->list:
+    "A round: what its training used, and what was scored for it."
+    folder = "score" if number == 1 else f"score_{name}-round{number}"
+    used = read_manifest(run/"calibrate"/trained)["summary"]["data"]["train"]
+    scored = (read_manifest(run/folder) or {}).get("summary", {})
+    kl = 0. if number == 1 else scored.get("kl")
+    told = [(scored.get("reward_mean"), ".3f"), (scored.get("reward_std"), ".3f"), (kl, ".2f")]
+    return [name, str(number), f"{used['candidates']:,} responses to {used['prompts']:,} prompts",
+            *("–" if value is None else format(value, form) for value, form in told)]
+
 # %% ../nbs/runs/04_report.ipynb #fd7e7f39
 def pipeline_blocks(run:Path, parts:list)->list:
     "What was run, on what, and how long it took."
@@ -643,7 +671,8 @@ def report(config:ReportConfig)->dict: # where the pages are
         rows, rewards = _samples(run, summary)
         blocks += sample_blocks(summary, rows, config.samples, rewards)
     blocks += policy_blocks(summary) if summary else [Heading("Details")]
-    blocks += [*training_blocks(run, parts, summary), *pipeline_blocks(run, parts)]
+    blocks += [*training_blocks(run, parts, summary), *round_blocks(run, parts),
+               *pipeline_blocks(run, parts)]
     write_report(title, blocks, out)
     write_cards(run, out/"cards")
     return {"html": str(out/"index.html"), "markdown": str(out/"report.md"),

@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 from .artifacts import InputError, Progress
 from .batches import evaluating, unwrap
 from .chat import as_turns, check_chat, clean_messages, last_words
-from .data import encode_prompts, load_prompts
+from .data import check_part, encode_prompts, in_part, load_prompts
 from .decoding import banned_id, decode, uniform_draws
 from .loading import (QuantizedLoading, as_dtype, load_policy, load_tokenizer, pick_device,
                             read_config, read_context, whole_folder)
@@ -179,6 +179,8 @@ class SampleConfig(QuantizedLoading):
         "Prompts decoded at once, in n rows each. vLLM sizes its own batches.", decides=False)
     shard_size: int = option(128, "Prompts per part; a killed run loses one part at most.")
     limit: int | None = option(None, "Use only this many prompts, from the first on.")
+    part: str | None = option(None,
+        "Use only this part of them: '2/4' is every fourth, from the second on.")
     seed: int = option(0, "Seed of the samples.")
     device: str = option("auto", "'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'.", decides=False)
 
@@ -186,6 +188,7 @@ class SampleConfig(QuantizedLoading):
         check_required(self)
         check_least(self, n=1, max_prompt_length=1, max_new_tokens=1, batch_size=1, shard_size=1,
                     limit=1, top_k=0, temperature=0, seed=0)
+        check_part(self.part)
         pick_device(self.device)
         self.check_loading()
         if not 0 < self.top_p <= 1:
@@ -241,6 +244,11 @@ def asked_prompts(config, tokenizer, rows)->list: # rows: prompt, perhaps tools
     return [row if isinstance(row["prompt"], str) else
             {**row, "prompt": clean_messages(row["prompt"])} for row in rows]
 
+def _asked_here(config, tokenizer, rows)->list:
+    "Those of one part."
+    asked = asked_prompts(config, tokenizer, rows)
+    return [asked[i] for i in in_part(config.part, range(len(asked)), config.prompts)]
+
 def encode_asked(config, tokenizer, asked:list)->tuple: # token ids of each, how many were cut
     prompts, tools = ([row.get(name) for row in asked] for name in ("prompt", "tools"))
     return encode_prompts(tokenizer, prompts, config.max_prompt_length, tools)
@@ -287,13 +295,15 @@ def check_sample(config:SampleConfig, ahead)->None:
     ahead.fits("max_new_tokens", config.max_new_tokens, ahead.origin(config.policy))
     rows, policy = ahead.data(config.prompts, load_prompts), ahead.model(config.policy)
     if not rows: return
-    ahead.samples(len(rows["prompt"][:config.limit]), config)
+    taken = ahead.attempt(in_part, config.part, range(len(rows["prompt"][:config.limit])),
+                          config.prompts)
+    ahead.samples(len(taken or ()), config)
     if policy: ahead.attempt(_check_lengths, config, rows, ahead)
 
 def _check_lengths(config, rows, ahead)->None:
     "Raise `InputError` for the first prompt that cannot be written or does not fit the context."
     tokenizer = load_tokenizer(config.policy)
-    asked = asked_prompts(config, tokenizer, rows)
+    asked = _asked_here(config, tokenizer, rows)
     ids, _ = encode_asked(config, tokenizer, asked)
     check_prompts(config, [row["prompt"] for row in asked], ids,
                   ahead.context(ahead.origin(config.policy)))
@@ -302,7 +312,7 @@ def _check_lengths(config, rows, ahead)->None:
 def sample(config:SampleConfig)->dict: # summary: counts, mean length, shares, tokens_per_second
     "Sample every prompt into `output_dir/data`. Resumes an interrupted run."
     tokenizer = load_tokenizer(config.policy)
-    asked = asked_prompts(config, tokenizer, load_prompts(config.prompts))
+    asked = _asked_here(config, tokenizer, load_prompts(config.prompts))
     prompts, context = [row["prompt"] for row in asked], read_context(config.policy)
     prompt_ids, truncated = encode_asked(config, tokenizer, asked)
     check_prompts(config, prompts, prompt_ids, context)

@@ -72,6 +72,8 @@ class ScoreConfig(QuantizedLoading):
         decides=False)
     reference: str | None = option(None,
         "Policy folder whose log-probabilities are stored: the SFT model.", source=True)
+    sampled_by: str | None = option(None,
+        "Policy that sampled, where it is meant to be another than the reference.", decides=False)
     apply_chat_template: bool = option(False,
         "Make string prompts one turn of the user, where text is tokenised here.")
     max_prompt_length: int = option(512, "Tokens of a prompt, where text is tokenised here.")
@@ -132,7 +134,7 @@ def score(config:ScoreConfig)->dict: # summary: counts, mean reward, mean σ(x),
             if answers: answers.discard()
 
     rows = complete_parts(config, total, scorer)
-    return {**summarise_scores(rows), "dropped": dropped}
+    return {**summarise_scores(rows, config.sampled_by), "dropped": dropped}
 
 # %% ../nbs/stages/05_score.ipynb #7dffe111
 def reward_answers(config, row:dict)->"Answers | None": # None: the reward is no function
@@ -161,7 +163,14 @@ def _policy_gap(rows)->float: # 0 where nothing is known
              if row["ref_logps"] and row["sample_logps"]]
     return _mean([abs(ref - own) / length for row in found for ref, own, length in zip(*row)]) or 0.
 
-def summarise_scores(rows)->dict:
+def _sampled_kl(rows)->float | None: # nats per response
+    "Mean of log π − log π_ref, π being the policy that sampled: its KL from the reference."
+    return _mean([own - ref for row in rows for own, ref in
+                  zip(row["sample_logps"] or (), row["ref_logps"] or ())])
+
+def summarise_scores(rows, # scored
+                     sampled_by:str | None=None, # a policy that is meant to be no reference
+                    )->dict:
     "Means over scored rows, and how many prompts carry no signal."
     names = ("rewards", "reward_mean", "reward_std", "ref_logps", "sample_logps")
     rows = [{**{k: row.get(k) for k in names}, "lengths": _lengths(row),
@@ -170,14 +179,14 @@ def summarise_scores(rows)->dict:
     no_signal = sum(row["reward_std"] == 0 for row in rows)
     if no_signal: log.warning("%d of %d prompts have equal rewards", no_signal, len(rows))
     gap = _policy_gap(rows)
-    if gap > POLICY_GAP:
+    if gap > POLICY_GAP and not sampled_by:
         log.warning("The reference is not the policy that sampled: their log-probabilities differ "
                     "by %.2f nats per token", gap)
     return {"prompts": len(rows), "candidates": sum(len(row["rewards"]) for row in rows),
             "reward_mean": _mean([row["reward_mean"] for row in rows]),
             "reward_std": _mean([row["reward_std"] for row in rows]),
             "no_signal": no_signal, "repeated": sum(row["repeated"] for row in rows),
-            "ref_logp_mean": _mean(logps)}
+            "ref_logp_mean": _mean(logps), **({"kl": _sampled_kl(rows)} if sampled_by else {})}
 
 def _repeated(texts:list)->int: return len(texts) - len(set(texts))
 

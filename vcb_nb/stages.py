@@ -8,12 +8,13 @@ Docs: https://vcb-nb.github.io/vcb_nb/runs/stages.html.md"""
 __all__ = ['STAGES', 'Stage', 'find_stage']
 
 # %% ../nbs/runs/01_stages.ipynb #bffc1760
-import re, typing
+import random, re, typing
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from .artifacts import MANIFEST, InputError, did_you_mean
-from .settings import check_values, coerce, load_object, sources
+from .settings import (check_choice, check_least, check_values, coerce, load_object, option,
+                             sources)
 
 # %% ../nbs/runs/01_stages.ipynb #7c6f51f6
 class Places:
@@ -171,8 +172,10 @@ def expand_methods(section:dict, # of the recipe
     "One entry per method and per value of its sweep."
     stage, key = find_stage(name), f"{where}: {name}.methods"
     if not isinstance(section, dict): stage.check(section, where)
-    shared = {k: v for k, v in section.items() if k != "methods"}
-    shared = stage.check(shared, where, ("methods",))
+    beside = ("rounds",) if name == "calibrate" else ()
+    shared, shared_rounds = _without_rounds({k: v for k, v in section.items() if k != "methods"},
+                                            beside, f"{where}: {name}")
+    shared = stage.check(shared, where, ("methods", *beside))
     methods = section.get("methods") or {shared.get("loss", "vcb"): {}}
     if not isinstance(methods, dict):
         raise InputError(f"{key} must map a name to settings.")
@@ -180,12 +183,21 @@ def expand_methods(section:dict, # of the recipe
     for name, own in methods.items():
         name, own = coerce(name, str, f"A name in {key}"), coerce(own or {}, dict, f"{key}.{name}")
         points = _sweep_points(own.get("sweep"), f"{key}.{name}.sweep")
-        own = stage.check({k: v for k, v in own.items() if k != "sweep"}, where, ("sweep",))
+        own, own_rounds = _without_rounds({k: v for k, v in own.items() if k != "sweep"}, beside,
+                                          f"{key}.{name}")
+        own, rounds = stage.check(own, where, ("sweep", *beside)), own_rounds or shared_rounds
         for suffix, params in points:
             params = {**(shared.get("loss_params") or {}), **(own.get("loss_params") or {}),
                       **params}
             runs[name + suffix] = {**shared, "loss": name, **own, "loss_params": params}
+            if rounds and rounds.count > 1: runs[name + suffix]["rounds"] = rounds
     return runs
+
+def _without_rounds(settings:dict, beside:tuple, key:str)->tuple: # (settings, Rounds or None)
+    "Rounds are no setting of the stage: they say how often it is called."
+    if "rounds" not in beside or "rounds" not in settings: return settings, None
+    others = {k: v for k, v in settings.items() if k != "rounds"}
+    return others, read_rounds(settings["rounds"], f"{key}.rounds")
 
 def _sweep_points(sweep, key:str)->list:
     "Pairs (suffix of the run's name, loss parameters), one per value of the sweep."
@@ -213,7 +225,15 @@ def one_job_per_method(stage, at:Files, where:str)->dict:
     if twice:
         raise InputError(f"{where}: '{twice[0]}' is a method of calibrate and of online. Give one "
                          "of them another name: both are compared in one table.")
-    return {f"{stage.name}/{name}": settings for name, settings in runs.items()}
+    jobs = {}
+    for name, settings in runs.items():
+        made = round_jobs(at, name, settings, where) if "rounds" in settings else {
+            f"{stage.name}/{name}": settings}
+        if double := next((job for job in made if job in jobs), None):
+            raise InputError(f"{where}: '{double}' would be made twice. Give the method "
+                             f"'{name}' another name.")
+        jobs |= made
+    return jobs
 
 def trained_runs(at:Files, section:str, where:str="recipe")->dict: # run name → settings
     "The runs of a section of methods; none where a recipe has no such section."
@@ -230,6 +250,134 @@ def with_validation(stage, at:Files, where:str)->dict:
         jobs[f"{stage.name}_validation"] = {**jobs[stage.name], **held_out}
     return jobs
 
+# %% ../nbs/runs/01_stages.ipynb #a3c51ce2
+@dataclass
+class Rounds:
+    "How often a method samples, scores and calibrates; `rounds: 4` is `rounds: {count: 4}`."
+    count: int = option(1, "Rounds; 1 is one calibration on the candidates of the section score.")
+    prompts: str = option("all", "'all' in every round, or 'split': each round has a part of its "
+        "own, so that together they use as many samples as one round of all.")
+    start: str = option("previous", "A round's training starts from the policy of the 'previous' "
+                        "round, or from 'sft'.")
+    sample: dict | None = option(None,
+        "Settings of the later rounds' sampling, over those of the section sample.")
+    score: dict | None = option(None,
+        "Settings of the later rounds' scoring, over those of the section score.")
+
+def read_rounds(value, # a whole number, or a mapping of these settings
+                key:str, # its place, for messages
+               )->Rounds:
+    "Rounds with checked settings; those of the stages are checked when they become jobs."
+    if not isinstance(value, dict): value = {"count": coerce(value, int, key)}
+    rounds = Rounds(**check_values(Rounds, value, key))
+    try: check_least(rounds, count=1)
+    except InputError as e: raise InputError(f"{key}: {e}") from None
+    check_choice(f"{key}.prompts", rounds.prompts, ("all", "split"))
+    check_choice(f"{key}.start", rounds.start, ("previous", "sft"))
+    for name, taken in (("sample", ("policy", "part")), ("score", ("candidates", "sampled_by"))):
+        for setting in taken:
+            if setting in (getattr(rounds, name) or ()):
+                raise InputError(f"{key}.{name}: {setting} is what the rounds set. Leave it out.")
+    return rounds
+
+def round_seed(seed:int, number:int)->int: # below 2**31
+    "The seed of a round: the run's own in the first, another draw in each later one."
+    return seed if number == 1 else random.Random(f"{seed}/round {number}").getrandbits(31)
+
+# %% ../nbs/runs/01_stages.ipynb #a419ecbc
+def _first_candidates(at, settings:dict): # Path, str or None
+    "What round 1 trains on."
+    return settings.get("candidates") or at.candidates("score")
+
+def _round_prompts(at, settings:dict, rounds:Rounds): # Path, str or None
+    "The prompts of later rounds: those of the first candidates, where these are the user's own."
+    own = settings.get("candidates") or at.setting("score", "candidates")
+    return ((rounds.sample or {}).get("prompts") or own or at.setting("sample", "prompts")
+            or at.prepared("prompts.jsonl") or _first_candidates(at, settings))
+
+def _check_rounds(at, name:str, settings:dict, where:str)->None:
+    "Raise `InputError` for rounds that could not end."
+    rounds, key = settings["rounds"], f"{where}: the rounds of '{name}'"
+    if not ((rounds.score or {}).get("reward") or at.reward or at.gold):
+        raise InputError(f"{key} score fresh candidates, and the recipe names no reward for them. "
+                         "Set rounds.score.reward to a reward model's folder, or to a "
+                         "'module:function'.")
+    if not _round_prompts(at, settings, rounds):
+        raise InputError(f"{key} sample, and the recipe names no prompts. Set "
+                         "rounds.sample.prompts to a file.")
+    if rounds.prompts == "all": return
+    if settings.get("candidates") or at.setting("score", "candidates"):
+        raise InputError(f"{key} split the prompts, which needs candidates of the section sample. "
+                         "Set rounds.prompts to all, or leave your own candidates out.")
+    if at.setting("sample", "part"):
+        raise InputError(f"{key} split the prompts, and sample.part takes a part of them already. "
+                         "Leave sample.part out.")
+    if settings.get("sigma", "stored") == "stored" and _needs_sigma(settings):
+        raise InputError(f"{key} split the prompts, so those of later rounds have no SFT samples "
+                         "for sigma 'stored'. Set sigma to candidates or dataset.")
+
+def _needs_sigma(settings:dict)->bool:
+    from vcb_nb.losses import LOSSES, target_gamma
+    if settings["loss"] not in LOSSES: return False # its own job says so
+    return bool(settings.get("scale_rewards")
+                or target_gamma(settings["loss"], settings.get("loss_params") or {}))
+
+# %% ../nbs/runs/01_stages.ipynb #56eddced
+def _over(at, stage:str, where:str, *layers:dict)->dict:
+    "A section's settings, and over them those of a round."
+    given = {k: v for layer in layers for k, v in (layer or {}).items()}
+    return find_stage(stage).check({**(at.recipe.get(stage) or {}), **given}, where)
+
+def _fresh_candidates(at, label:str, number:int, policy:str, settings:dict, where:str)->dict:
+    "The jobs that sample a policy and score what it says."
+    rounds, seed = settings["rounds"], at.recipe.get("seed", 0)
+    prompts = dict(prompts=str(_round_prompts(at, settings, rounds)))
+    drawn = _over(at, "sample", where, prompts, rounds.sample)
+    drawn |= dict(policy=policy, seed=round_seed(drawn.get("seed", seed), number))
+    drawn.pop("revision", None) # of SFT
+    if rounds.prompts == "split": drawn["part"] = f"{number}/{rounds.count}"
+    reference = dict(reference=_reference(at, settings)) if not at.setting(
+        "score", "reference") else {}
+    scored = _over(at, "score", where, reference, rounds.score)
+    scored |= dict(candidates=str(at.run/f"sample_{label}"/"data"), sampled_by=policy)
+    return {f"sample_{label}": drawn, f"score_{label}": scored}
+
+def _reference(at, settings:dict)->"str | None":
+    "The frozen model of all rounds: what round 1 starts from, unless another is named."
+    if named := settings.get("reference_model"): return named
+    found, revision = settings.get("model") or at.policy, settings.get("revision")
+    if revision and not str(found).endswith(f"@{revision}"): return f"{found}@{revision}"
+    return found and str(found)
+
+def _later_training(at, label:str, number:int, policy:str, settings:dict)->dict:
+    "What a later round's training has of its own."
+    first, seed = _first_candidates(at, settings), settings.get("seed", at.recipe.get("seed", 0))
+    own = dict(candidates=str(at.run/f"score_{label}"/"data"), seed=round_seed(seed, number),
+               reference_model=_reference(at, settings))
+    if settings["rounds"].start == "previous": own["model"] = policy
+    fixed = settings.get("sigma", "stored") != "candidates"
+    if fixed and settings["rounds"].prompts == "all": own["sigma_candidates"] = str(first)
+    return own
+
+def round_jobs(at, name:str, # of the method
+               settings:dict, # of its training, and `rounds`
+               where:str="recipe", # file name, for messages
+              )->dict: # name of a job → its settings
+    "The jobs of a calibration in rounds; the last has the name of the method."
+    _check_rounds(at, name, settings, where)
+    rounds, jobs, policy = settings["rounds"], {}, None
+    for number in range(1, rounds.count + 1):
+        label = f"{name}-round{number}"
+        run = {k: v for k, v in settings.items() if k != "rounds"}
+        if number > 1:
+            jobs |= _fresh_candidates(at, label, number, policy, settings, where)
+            run |= _later_training(at, label, number, policy, settings)
+            if rounds.start == "previous": run.pop("revision", None) # of SFT
+        elif rounds.prompts == "split": run["part"] = f"1/{rounds.count}"
+        job = f"calibrate/{name if number == rounds.count else label}"
+        jobs[job], policy = run, str(at.run/job/"model")
+    return jobs
+
 # %% ../nbs/runs/01_stages.ipynb #6fe079fa
 def _method_of(settings:dict, section:str="calibrate")->dict:
     "Which line of the frontier a training belongs to, and where on it."
@@ -241,7 +389,8 @@ def _method_of(settings:dict, section:str="calibrate")->dict:
     value = (settings.get("loss_params") or {}).get(loss.strength, loss.params.get(loss.strength))
     # A loss of candidates is another method on fresh ones.
     fresh = "_online" if section == "online" and name in LOSSES else ""
-    return {"method": name + fresh, "strength": loss.strength, "value": value}
+    rounds = f"_rounds{settings['rounds'].count}" if "rounds" in settings else ""
+    return {"method": name + fresh + rounds, "strength": loss.strength, "value": value}
 
 def _evaluation(at:Files)->dict:
     runs = {name: (section, settings) for section in ("calibrate", "online")
@@ -335,3 +484,9 @@ def find_stage(name:str)->Stage:
     found = next((stage for stage in STAGES if stage.name == name), None)
     if found: return found
     raise InputError(f"There is no stage '{name}'. {did_you_mean(name, stage_names())}")
+
+# %% ../nbs/runs/01_stages.ipynb #a4e90117
+def stage_of(job:str, # its name, as 'sample_validation' or 'calibrate/vcb'
+            )->Stage:
+    "The stage that a job is a call of."
+    return find_stage(re.split("[_/]", job)[0])
