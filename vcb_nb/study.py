@@ -482,9 +482,14 @@ def cell_rows(study:Study, cell:Cell)->list: # of (row of the table, numbers per
                          prompts=split, prompt_set=numbers[split]["prompts"][:12])
             own = _with_gains(numbers[split]["policies"], name)
             games = summary["comparisons"].get(split, {})
-            found.append(({**about, **_means(measured), **_wins(games, name), **_fit(policy)},
-                          {**about, **own}))
+            found.append(({**about, **_means(measured), **_wins(games, name), **_fit(policy),
+                           "reward_accuracy": _accuracy(cell)}, {**about, **own}))
     return found
+
+def _accuracy(cell)->float | None: # None: no reward model was trained
+    "The share of held-out pairs that the cell's reward model orders as the labels do."
+    home = cell.homes.get("reward")
+    return read_manifest(home)["summary"].get("accuracy") if home else None
 
 def _with_gains(numbers:dict, name:str)->dict: # column → [prompts]
     "A policy's numbers, and its gain over SFT on each prompt."
