@@ -10,6 +10,7 @@ import yaml
 from vcb_nb.artifacts import InputError, read_json, read_manifest, run_lock
 from vcb_nb.cli import main
 from vcb_nb.contrasts import contrast, decide, gain_at_kl
+from vcb_nb.recipes import load_recipe
 from vcb_nb.study import (Question, cells_of, decisions_of, decisions_text, expected_seconds,
                           load_study, record_study, shipped_studies, study_plan)
 
@@ -66,6 +67,19 @@ def test_a_cell_per_seed_and_level(tmp_path):
     assert (last["sft"]["model_config"]["hidden_size"], last["sample"]["n"]) == (64, 6)
     assert found[0].recipe["sft"]["model_config"]["hidden_size"] == 32
     assert found[0].recipe["data"]["world"]["test"] == 8
+
+
+def test_a_level_may_set_a_field_inside_what_all_cells_change(tmp_path):
+    "Each level starts from the study file's own value: no cell keeps what another one set."
+    found = cells(tmp_path, seeds=1, primary={**TOY["primary"], "tuned": []}, factors={"labels": {
+        "noisy": {"data.world.label_noise": .2}, "long": {"data.world.length_bias": .5},
+        "clean": {}}})
+    worlds = [cell.recipe["data"]["world"] for cell in found]
+    assert worlds == [{**TOY["recipe"]["data.world"], **more} for more in (
+        {"label_noise": .2}, {"length_bias": .5}, {})]
+    given = {"data.world": {"test": 8}, "data.world.ood": 4}
+    load_recipe("lesson", given)
+    assert given == {"data.world": {"test": 8}, "data.world.ood": 4}
 
 
 def test_equal_work_has_one_folder(tmp_path):
