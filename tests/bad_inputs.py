@@ -629,6 +629,8 @@ RECIPES = {
     "world as a list": ("data: {world: [1]}", "data.world", "mapping"),
     "seed of the world as a text": ("data: {world: {seed: x}}", "world.seed", "whole number"),
     "half a prompt": ("data: {world: {ood: 3.5}}", "world.ood", "whole number"),
+    "label noise as a text": ("data: {world: {label_noise: much}}", "world.label_noise", "number"),
+    "more noise than chance": ("data: {world: {label_noise: 0.7}}", "label_noise", "between 0"),
     "method without a name": ("calibrate: {methods: {'': {}}}", "the method ''", "folder's name"),
     "loss as a number": ("calibrate: {methods: {a: {loss: 3}}}", "loss is 3", "string"),
     "γ beside loss_params": ("calibrate: {gamma: .5}", "calibrate.gamma",

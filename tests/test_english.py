@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for pattern in (
     "nbs/*.ipynb", "nbs/*/*.ipynb", "nbs/*.qmd", "vcb_nb/*.py", "vcb_nb/js/*", "recipes/*.yaml",
-    "README.md", "SECURITY.md", "Makefile", "benchmarks/README.md") for path in ROOT.glob(pattern)
+    "recipes/studies/*.yaml", "README.md", "SECURITY.md", "Makefile", "benchmarks/README.md")
+    for path in ROOT.glob(pattern)
     if path.name != "_modidx.py")
 
 # Nouns. Those in ACTS are verbs too ("it samples a response"): only after a count are they nouns.

@@ -203,6 +203,15 @@ def test_completion_that_begins_the_other(tiny_tokenizer):
     assert pair["chosen_ids"][-1] == tiny_tokenizer.eos_token_id
 
 
+def test_a_limit_keeps_the_first_pairs(files, tmp_path):
+    "And leaves the held-out file whole."
+    rows = toy_pairs(30)
+    c = config(files, tmp_path, pairs=write_rows(tmp_path/"p.jsonl", rows), limit=7,
+               eval_pairs=write_rows(tmp_path/"e.jsonl", toy_pairs(40)[30:]))
+    train, held, _ = reward_datasets(c, load_tokenizer(c.model))
+    assert train["prompt"] == [r["prompt"] for r in rows[:7]] and len(held) == 10
+
+
 def test_hh_pairs_are_read(files, tmp_path, shared_data):
     """Pitfall 29: real dialogues; every row is used, or counted as dropped;
     prompts stay on one side."""

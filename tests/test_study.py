@@ -10,8 +10,9 @@ import yaml
 from vcb_nb.artifacts import InputError, read_json, read_manifest, run_lock
 from vcb_nb.cli import main
 from vcb_nb.contrasts import contrast, decide, gain_at_kl
-from vcb_nb.study import (Question, cells_of, decisions_of, decisions_text, load_study,
-                          record_study, shipped_studies, study_plan)
+from vcb_nb.recipes import load_recipe
+from vcb_nb.study import (Question, cells_of, decisions_of, decisions_text, expected_seconds,
+                          load_study, record_study, shipped_studies, study_plan)
 
 ROOT = Path(__file__).parent.parent
 long_study = pytest.mark.skipif(not os.environ.get("VCB_STUDY"),
@@ -66,6 +67,19 @@ def test_a_cell_per_seed_and_level(tmp_path):
     assert (last["sft"]["model_config"]["hidden_size"], last["sample"]["n"]) == (64, 6)
     assert found[0].recipe["sft"]["model_config"]["hidden_size"] == 32
     assert found[0].recipe["data"]["world"]["test"] == 8
+
+
+def test_a_level_may_set_a_field_inside_what_all_cells_change(tmp_path):
+    "Each level starts from the study file's own value: no cell keeps what another one set."
+    found = cells(tmp_path, seeds=1, primary={**TOY["primary"], "tuned": []}, factors={"labels": {
+        "noisy": {"data.world.label_noise": .2}, "long": {"data.world.length_bias": .5},
+        "clean": {}}})
+    worlds = [cell.recipe["data"]["world"] for cell in found]
+    assert worlds == [{**TOY["recipe"]["data.world"], **more} for more in (
+        {"label_noise": .2}, {"length_bias": .5}, {})]
+    given = {"data.world": {"test": 8}, "data.world.ood": 4}
+    load_recipe("lesson", given)
+    assert given == {"data.world": {"test": 8}, "data.world.ood": 4}
 
 
 def test_equal_work_has_one_folder(tmp_path):
@@ -125,8 +139,27 @@ def test_the_plan_counts_jobs(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", shipped_studies())
 def test_shipped_studies_are_valid(name):
+    """Checked with one seed of each combination: every setting is one, all methods have as many
+    strengths, and levels share the SFT model where they do not change it or its data."""
     study = load_study(name)
-    assert cells_of(study) and study.name == name
+    seeds, study.seeds = len(study.seeds), study.seeds[:1]
+    cells = cells_of(study)
+    assert study.name == name and study.question.margin and (seeds >= 20 or name == "lesson")
+    for cell in cells:
+        methods = [about["method"] for about in cell.jobs[-1].config.methods.values()]
+        assert len({*map(methods.count, methods)}) == 1, cell.name
+    made = {"scale": 3, "reward_accuracy": 3}.get(name, 1) # sizes; labels of the data
+    assert len({cell.homes["sft"] for cell in cells}) == made < len(cells)
+
+
+def test_a_plan_has_seconds_for_methods_that_the_first_cell_lacks(tmp_path):
+    "Another level trains another method: it is expected to take what its stage takes."
+    levels = {"a": {}, "b": {"calibrate.methods": {"ipo": {"sweep": {"tau": [.1, .2]}}}}}
+    study = load(tmp_path, factors={"setting": levels}, seeds=1, recipe={
+        **TOY["recipe"], "calibrate.methods": {"vcb": {"sweep": {"gamma": [1, .3]}}}},
+        primary={**TOY["primary"], "baseline": "a", "between": "setting", "tuned": []})
+    seconds, _ = expected_seconds(cells_of(study))
+    assert None not in [v for home, v in seconds.items() if "calibrate" in str(home)]
 
 
 # ---- what is refused
@@ -149,6 +182,11 @@ BAD = {
     "between what is no factor": (dict(primary={**TOY["primary"], "between": "sample.n"}),
                                   "primary.between"),
     "a secondary measure that is none": (dict(secondary=["golden"]), "Did you mean"),
+    "a secondary measure on no prompts": (dict(secondary=["gold_at_1_nat on odd"]),
+                                          "Did you mean 'ood'?"),
+    "a secondary measure where nothing is held out": (
+        dict(recipe={**TOY["recipe"], "data.world": {"ood": 0}},
+             secondary=["gold_at_1_nat on ood"]), "no prompts out of distribution"),
     "no seeds": (dict(seeds=None), "seeds is not set"),
     "fewer seeds than one": (dict(seeds=-1), "seeds is below 1"),
     "no gold reward": (dict(recipe={**TOY["recipe"], "evaluate.gold": None}), "no gold reward"),
@@ -317,6 +355,19 @@ def test_an_unequal_effort_is_said():
     assert "unequal: 1 and 2 strengths" in said and "b − a" in said and "4 seeds" in said
 
 
+def test_a_secondary_measure_may_be_on_the_other_prompts():
+    "Rows out of distribution shift b by 1: only the measure `on ood` sees them."
+    ood = [{**r, "prompts": "ood", "prompt_set": "o" + r["prompt_set"],
+            "gold_gain": [g + (r["method"] == "b") for g in r["gold_gain"]]} for r in rows_of()]
+    rows, asked = rows_of() + ood, Question(**ASKED)
+    here, = decisions_of(rows, asked, "gold_at_1_nat")
+    there, = decisions_of(rows, asked, "gold_at_1_nat on ood")
+    assert here["value"] == pytest.approx(.3, abs=.1)
+    assert there["value"] == pytest.approx(1.3, abs=.1)
+    assert (here["prompts"], there["prompts"], there["measure"]) == ("test", "ood", "gold_at_1_nat")
+    assert here["p_equivalent"] is not None and there["p_equivalent"] is None
+
+
 def test_columns_that_are_not_there_are_named():
     rows = rows_of()
     for r in rows: r["kl"] = None
@@ -377,6 +428,8 @@ def test_the_table_has_a_row_per_cell_policy_and_prompts(whole):
         for name in ("gold", "gold_gain", "reward", "kl", "length"):
             assert r[name] == own[name]["value"]
         assert r["n_prompts"] == {"test": 8, "ood": 4}[r["prompts"]]
+        trained = read_manifest(out/"cells"/r["cell"]/"reward")["summary"]
+        assert r["reward_accuracy"] == trained["accuracy"]
         if r["policy"] != "sft": assert r["win"] + r["tie"] + r["lose"] == pytest.approx(1)
     assert {r["factors"]["calibrate.learning_rate"] for r in rows} == {"0.001", "0.005"}
     assert {r["value"] for r in rows if r["method"] == "vcb"} == {1, .3}

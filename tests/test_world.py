@@ -6,9 +6,10 @@ from statistics import mean, quantiles, stdev
 import pytest
 
 from vcb_nb.artifacts import InputError
-from vcb_nb.world import (GOLD, RATIONALITY, WORLD, appeal, enthusiasm, explain_reward, gold_reward,
+from vcb_nb.world import (GOLD, RATIONALITY, WORLD, appeal, concave_reward, convex_reward,
+                          enthusiasm, explain_reward, gold_reward, heavy_tailed_reward,
                           label_probability, make_world, read_prompt, read_review, sample_pair,
-                          sample_prompt, sample_response)
+                          sample_prompt, sample_response, tied_reward, two_level_reward)
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(demonstrations=300, pairs=200, pairs_test=60, prompts=80, validation=20, test=30,
@@ -273,3 +274,101 @@ def test_the_held_out_domain_has_degrees_too():
 def test_a_prompt_of_no_topic_cannot_be_answered():
     with pytest.raises(InputError, match="names no topic"):
         sample_response("Hello there.", random.Random(0))
+
+
+# Labels that are wrong, and other values in the same order
+
+STRICT = dict(convex=convex_reward, concave=concave_reward, two_level=two_level_reward,
+              heavy_tailed=heavy_tailed_reward)
+
+
+def answered(prompts, n=16, seed=5):
+    rng = random.Random(seed)
+    return [(p, [sample_response(p, rng) for _ in range(n)]) for p in prompts]
+
+
+def test_swapped_labels_are_a_mixture_of_right_and_swapped():
+    "P' = (1 - s) P + s (1 - P), and 1/2 for s = 1/2, whatever the answers."
+    a, b = GOOD, "The soup was fair. One visit is enough."
+    p = label_probability(PROMPT, a, b)
+    for s in (0., .2, .5):
+        assert label_probability(PROMPT, a, b, label_noise=s) == pytest.approx(
+            (1 - s)*p + s*(1 - p), abs=1e-12)
+
+
+def test_a_labeller_who_likes_length_pays_per_word():
+    "Log-odds grow by RATIONALITY times the bias for each word that the first has more."
+    long, short = GOOD, "The soup was good."
+    words = len(long.split()) - len(short.split())
+    def log_odds(**faults):
+        p = label_probability(PROMPT, long, short, **faults)
+        return math.log(p/(1 - p))
+    assert log_odds(length_bias=.1) - log_odds() == pytest.approx(RATIONALITY*.1*words)
+    assert label_probability(PROMPT, short, short, length_bias=.5) == .5
+
+
+def test_faults_change_the_labels_of_the_training_pairs_and_nothing_else(world, tmp_path):
+    "The two answers to each prompt stay; about a fifth of the clear labels are swapped."
+    noisy = make_world(tmp_path/"noisy", **SMALL, label_noise=.2)
+    long = make_world(tmp_path/"long", **SMALL, length_bias=.6)
+    for other in (noisy, long):
+        assert [n for n in world if other[n].read_bytes() != world[n].read_bytes()] == ["pairs"]
+        for new, old in zip(rows(other["pairs"]), rows(world["pairs"])):
+            assert new["prompt"] == old["prompt"] and {*new.values()} == {*old.values()}
+    def share(paths, value): return mean(value(r) > 0 for r in rows(paths["pairs"]))
+    def gap(r): return (gold_reward(r["prompt"], r["chosen"])
+                        - gold_reward(r["prompt"], r["rejected"]))
+    def longer(r): return len(r["chosen"].split()) - len(r["rejected"].split())
+    assert share(world, gap) - share(noisy, gap) == pytest.approx(.15, abs=.07)
+    assert abs(share(noisy, longer) - share(world, longer)) < .1 < (
+        share(long, longer) - share(world, longer))
+
+
+@pytest.mark.parametrize("faults, says", [
+    (dict(label_noise=.6), "label_noise is 0.6"), (dict(label_noise=-.1), "between 0 and 0.5"),
+    (dict(length_bias=math.inf), "length_bias is inf")])
+def test_faults_that_are_none_are_refused(faults, says, tmp_path):
+    with pytest.raises(InputError, match=says): make_world(tmp_path, **SMALL, **faults)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name", STRICT)
+def test_a_monotone_map_keeps_every_prompts_order(name, drawn):
+    "Also where texts are far worse than any reviewer's; so order-based methods see no change."
+    reward, far = STRICT[name], ["", "lorem ipsum dolor sit amet", "The soup was awful. " * 9]
+    for prompt, texts in answered(drawn[0][:60]):
+        pairs = sorted((gold_reward(prompt, t), reward(prompt, t)) for t in [*texts, *far])
+        for (a, x), (b, y) in zip(pairs, pairs[1:]):
+            # beside a saturated end of the sigmoid float64 may end, but never turn around
+            assert (x < y) if b - a > 1e-3 else (x <= y + 1e-9), (prompt, a, b)
+
+
+def test_ties_are_ties_and_turn_no_pair_around(drawn):
+    ties = 0
+    for prompt, texts in answered(drawn[0][:60]):
+        pairs = sorted((gold_reward(prompt, t), tied_reward(prompt, t)) for t in texts)
+        assert all(x <= y for (_, x), (_, y) in zip(pairs, pairs[1:]))
+        ties += sum(x == y and a < b for (a, x), (b, y) in zip(pairs, pairs[1:]))
+    assert ties > 60*4 # of 15 neighbours each
+
+
+def test_maps_differ_in_shape_and_hardly_in_spread(drawn):
+    "The mean σ(x) is that of the gold reward; skew and tails are not."
+    asked = answered(drawn[0])
+    def groups(reward): return [[reward(p, t) for t in texts] for p, texts in asked]
+    def moment(values, k):
+        return mean(mean(((v - mean(g))/stdev(g))**k for v in g) for g in values if stdev(g))
+    found = {name: groups(f) for name, f in
+             dict(STRICT, gold=gold_reward, tied=tied_reward).items()}
+    spread = {name: mean(map(stdev, g)) for name, g in found.items()}
+    for name in found: assert spread[name] == pytest.approx(spread["gold"], rel=.12), name
+    skew = {name: moment(g, 3) for name, g in found.items()}
+    assert skew["convex"] > .5 > 0 > skew["gold"] > skew["concave"] + .5
+    fourth = {name: moment(g, 4) for name, g in found.items()}
+    assert fourth["two_level"] < fourth["gold"] < fourth["heavy_tailed"]
+
+
+@pytest.mark.parametrize("text", GARBAGE, ids=range(len(GARBAGE)))
+def test_mapped_rewards_of_any_string_are_finite(text):
+    for reward in (*STRICT.values(), tied_reward):
+        assert math.isfinite(reward(PROMPT, text)) and math.isfinite(reward(text, text))

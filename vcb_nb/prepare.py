@@ -16,7 +16,7 @@ from .chat import prompt_key
 from .data import (counting_dropped, joined_text, load_demonstrations, load_pairs,
                          load_prompts, load_rows, load_texts, train_tokenizer)
 from .settings import REQUIRED, check_choice, check_least, check_required, option
-from .world import make_world
+from .world import check_labels, make_world
 
 # %% ../nbs/stages/01_prepare.ipynb #271c5b44
 log = logging.getLogger(__name__)
@@ -55,11 +55,17 @@ def split_side(prompt, # any dialogue
 
 # %% ../nbs/stages/01_prepare.ipynb #f8ddb608
 def check_world(sizes:dict)->None:
-    "Raise `InputError` for a size that `make_world` does not have, or that is not a whole number."
-    valid = set(inspect.signature(make_world).parameters) - {"folder"}
+    "Raise `InputError` for an argument that `make_world` does not have, or cannot use."
+    valid = inspect.signature(make_world).parameters.keys() - {"folder"}
+    faults = {name: sizes.get(name, 0.) for name in ("label_noise", "length_bias")}
+    for name, value in faults.items():
+        if type(value) not in (int, float):
+            raise InputError(f"world.{name} must be a number, not {value!r}.")
+    check_labels(**faults)
     for name, size in sizes.items():
         if name not in valid:
             raise InputError(f"world has no size '{name}'. {did_you_mean(name, valid)}")
+        if name in faults: continue
         if type(size) is not int or size < 0:
             raise InputError(f"world.{name} must be a whole number, 0 or more, not {size!r}.")
 

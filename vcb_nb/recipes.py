@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/runs/recipes.html.md"""
 __all__ = ['check_recipe', 'load_recipe', 'save_recipe']
 
 # %% ../nbs/runs/02_recipes.ipynb #10f12c9c
-import json, re, typing
+import copy, json, re, typing
 from pathlib import Path
 import yaml
 from .artifacts import InputError, atomic_write, did_you_mean
@@ -149,7 +149,7 @@ def apply_override(recipe:dict,
             raise InputError(f"{where}: '{part}' has no fields to set.")
     if isinstance(value, str):
         value = read_text(value, _hint_of(key), lambda text: parse_yaml(text, where))
-    recipe[last] = value
+    recipe[last] = copy.deepcopy(value) # a later override may set a field inside it
     return whole
 
 # %% ../nbs/runs/02_recipes.ipynb #a5e42b06

@@ -119,6 +119,7 @@ class RewardConfig(TrainingDefaults, LoadingSettings):
     eval_pairs: str | None = option(None, "Held-out pairs. None takes eval_share of pairs.",
                                     source=True)
     eval_share: float = option(.05, "Share of pairs that is held out; 0 holds out none.")
+    limit: int | None = option(None, "Use only this many pairs, from the first on.")
     way: str = option("auto",
         "How pairs are computed: 'shared' (packed into one row, a pair's prompt once), 'rows' "
         "(padded), or 'auto' (packed where the model allows it).", decides=False)
@@ -142,7 +143,8 @@ class RewardConfig(TrainingDefaults, LoadingSettings):
     def __post_init__(self):
         check_required(self)
         check_choice("way", self.way, WAYS)
-        check_least(self, max_prompt_length=1, max_length=2, n_bins=1, center_rewards_coefficient=0)
+        check_least(self, limit=1, max_prompt_length=1, max_length=2, n_bins=1,
+                    center_rewards_coefficient=0)
         check_share(self.eval_share)
         check_lora(self.peft_config)
         self.check_loading()
@@ -173,6 +175,7 @@ def _different(rows):
 def reward_datasets(config:RewardConfig, tokenizer)->tuple: # (training, held-out or None, dropped)
     "Load, split by prompt, encode."
     with counting_dropped() as lost: source = load_pairs(str(config.pairs))
+    source = source.select(range(min(config.limit or len(source), len(source))))
     if config.eval_pairs:
         parts = source, load_pairs(str(config.eval_pairs))
         warn_shared(*parts, config.eval_pairs)

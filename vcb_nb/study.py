@@ -10,7 +10,7 @@ __all__ = []
 # %% ../nbs/runs/09_study.ipynb #3ed24b40
 import itertools, json, logging, os, platform, re, shlex, signal, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +77,14 @@ def measure_of(name:str)->tuple: # (columns of a policy, statistic of their mean
         return function(means[:, :half], means[:, half:], kl)
     return ("kl", f"{found[1]}_gain"), statistic
 
+def named_measure(name:str, # 'gold_at_1_nat', or 'gold_at_1_nat on ood'
+                  asked)->tuple: # (measure, prompts)
+    "A measure of a study file, and the prompts that it is taken on."
+    name, _, prompts = name.partition(" on ")
+    if prompts: check_choice("secondary: the prompts of a measure", prompts, ("test", "ood"))
+    measure_of(name)
+    return name, prompts or asked.prompts
+
 # %% ../nbs/runs/09_study.ipynb #54257ac1
 @dataclass
 class Study:
@@ -85,8 +93,8 @@ class Study:
     seeds: list[int] | int = option(REQUIRED, "Seeds, or how many: 3 means 0, 1 and 2.")
     primary: dict = option(REQUIRED, "The comparison that decides: measure, baseline, between, "
                                      "prompts, margin, tuned.")
-    secondary: list[str] = option([], "Further measures of the same comparison; a family of "
-                                      "their own.")
+    secondary: list[str] = option([], "Further measures of the same comparison, such as "
+                                      "'gold_at_1_nat on ood'; a family of their own.")
     factors: dict = option({}, "A field with a list of values, or a name with levels that each "
                                "set fields.")
     recipe: dict = option({}, "Fields that every cell changes.")
@@ -131,7 +139,7 @@ def _check_question(study)->None:
         raise InputError(f"primary: {asked.between} is compared and tuned. Leave it out of one.")
     if asked.between != "method":
         check_choice("primary.baseline", asked.baseline, study.levels[asked.between])
-    for name in study.secondary: measure_of(name)
+    for name in study.secondary: named_measure(name, asked)
     names = [k for levels in study.levels.values() for k in {f for v in levels.values() for f in v}]
     names += study.seeded
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -170,7 +178,8 @@ def _check_methods(study, cells:list)->None:
         config = next(job.config for job in cell.jobs if job.name == "evaluate")
         methods = [about.get("method", name) for name, about in config.methods.items()]
         where = f"{study.path.name}: cell {cell.name}"
-        _check_measured(config, asked, (asked.measure, *study.secondary), where)
+        for name in (asked.measure, *study.secondary):
+            _check_measured(config, *named_measure(name, asked), where)
         if not methods: raise InputError(f"{where} has no policy to compare. Add methods.")
         if asked.between == "method":
             check_choice(f"{where}: primary.baseline", asked.baseline, {*methods})
@@ -180,19 +189,18 @@ def _check_methods(study, cells:list)->None:
             raise InputError(f"{where} has several policies of {many}, and {asked.measure} is one "
                              "number for each. Ask for gold_at_1_nat, or give one strength.")
 
-def _check_measured(config, asked, measures:tuple, where:str)->None:
+def _check_measured(config, name:str, prompts:str, where:str)->None:
     "Whether an evaluation measures what the question needs."
-    if asked.prompts == "ood" and not config.ood_prompts:
+    if prompts == "ood" and not config.ood_prompts:
         raise InputError(f"{where} has no prompts out of distribution. Ask for prompts: test.")
-    for name in measures:
-        columns, judge = measure_of(name)[0], name.partition("_")[0]
-        if judge in ("gold", "reward") and not getattr(config, judge):
-            raise InputError(f"{where} has no {judge} reward, and {name} needs it. Set "
-                             f"evaluate.{judge}, or choose another measure.")
-        if {*columns} & {"kl", "kl_k3"} and not config.on_policy:
-            raise InputError(f"{where} samples at temperature {config.temperature:g}, top_p "
-                             f"{config.top_p:g}, top_k {config.top_k}. {name} needs a KL, which "
-                             "only samples of the policy itself give.")
+    columns, judge = measure_of(name)[0], name.partition("_")[0]
+    if judge in ("gold", "reward") and not getattr(config, judge):
+        raise InputError(f"{where} has no {judge} reward, and {name} needs it. Set "
+                         f"evaluate.{judge}, or choose another measure.")
+    if {*columns} & {"kl", "kl_k3"} and not config.on_policy:
+        raise InputError(f"{where} samples at temperature {config.temperature:g}, top_p "
+                         f"{config.top_p:g}, top_k {config.top_k}. {name} needs a KL, which "
+                         "only samples of the policy itself give.")
 
 def record_study(study:Study)->dict:
     "Record what is asked, before anything runs; `InputError` if it was another question."
@@ -429,8 +437,12 @@ def expected_seconds(cells:list)->tuple: # (folder of a job → seconds or None,
     stages = {job.stage.name: mean(lambda other: other.stage is job.stage)
               for job in homes.values()}
     budget = _budget(cells[0]) if None in stages.values() else {}
+    def of_stage(name): # a method that the first cell does not have
+        found = [s for key, s in budget.items() if key.partition("/")[0] == name and s is not None]
+        return sum(found)/len(found) if found else None
     def guess(job):
-        known = (names[job.name], stages[job.stage.name], budget.get(job.name))
+        known = (names[job.name], stages[job.stage.name], budget.get(job.name),
+                 of_stage(job.stage.name))
         return next((seconds for seconds in known if seconds is not None), None)
     return {home: took.get(home, guess(job)) for home, job in homes.items()}, bool(budget)
 
@@ -482,9 +494,14 @@ def cell_rows(study:Study, cell:Cell)->list: # of (row of the table, numbers per
                          prompts=split, prompt_set=numbers[split]["prompts"][:12])
             own = _with_gains(numbers[split]["policies"], name)
             games = summary["comparisons"].get(split, {})
-            found.append(({**about, **_means(measured), **_wins(games, name), **_fit(policy)},
-                          {**about, **own}))
+            found.append(({**about, **_means(measured), **_wins(games, name), **_fit(policy),
+                           "reward_accuracy": _accuracy(cell)}, {**about, **own}))
     return found
+
+def _accuracy(cell)->float | None: # None: no reward model was trained
+    "The share of held-out pairs that the cell's reward model orders as the labels do."
+    home = cell.homes.get("reward")
+    return read_manifest(home)["summary"].get("accuracy") if home else None
 
 def _with_gains(numbers:dict, name:str)->dict: # column → [prompts]
     "A policy's numbers, and its gain over SFT on each prompt."
@@ -563,12 +580,12 @@ def _compare(one:dict, other:dict, columns, statistic, margin)->dict:
 # %% ../nbs/runs/09_study.ipynb #693dc13f
 def decisions_of(numbers:list, # rows with a number per prompt
                  asked:Question,
-                 measure:str | None=None, # another one than that of the question
+                 measure:str | None=None, # another one than that of the question, or on others
                 )->list: # a contrast with the baseline per level and setting, not yet corrected
     "Every level of a study against the baseline."
-    name = measure or asked.measure
+    name, prompts = named_measure(measure or asked.measure, asked)
     (columns, statistic), grouped = measure_of(name), {}
-    for (about, level, tuned), arm in arms_of(numbers, asked).items():
+    for (about, level, tuned), arm in arms_of(numbers, replace(asked, prompts=prompts)).items():
         grouped.setdefault(about, {}).setdefault(level, {})[tuned] = arm
     found = []
     for about, levels in sorted(grouped.items()):
@@ -578,8 +595,8 @@ def decisions_of(numbers:list, # rows with a number per prompt
                   for level, settings in levels.items()}
         arms = {level: _tuned_arm(s, columns, statistic) for level, s in levels.items()}
         base = arms.pop(asked.baseline)
-        margin = asked.margin if name == asked.measure else None
-        found += [dict(measure=name, prompts=asked.prompts, between=asked.between, level=level,
+        margin = asked.margin if measure in (None, asked.measure) else None
+        found += [dict(measure=name, prompts=prompts, between=asked.between, level=level,
                        baseline=asked.baseline, at=dict(about),
                        tuned_over=[tried[level], tried[asked.baseline]],
                        strengths=[points[level], points[asked.baseline]],

@@ -11,6 +11,7 @@ __all__ = ['gold_reward', 'make_world']
 import math, random, re
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from .artifacts import InputError, write_jsonl
@@ -370,20 +371,64 @@ RATIONALITY = 3.  # of the labellers, in 1/reward
 
 def label_probability(prompt:str, # what was asked
     first:str, second:str, # two completions
+    *, label_noise:float=0., # share of labels that are then swapped
+    length_bias:float=0., # reward per word, in the labeller's eyes
   )->float: # probability that a labeller prefers the first
-    "Bradley-Terry on the gold reward."
-    gap = RATIONALITY * (gold_reward(prompt, first) - gold_reward(prompt, second))
-    return 1 / (1 + math.exp(-gap))
+    "Bradley-Terry on the gold reward, equations (6) and (7)."
+    gap = gold_reward(prompt, first) - gold_reward(prompt, second)
+    gap = RATIONALITY * (gap + length_bias * (_count(first) - _count(second)))
+    return label_noise + (1 - 2*label_noise) / (1 + math.exp(-gap))
 
 def sample_pair(prompt:str, # what is asked
     rng:random.Random, # source of randomness
+    **faults, # label_noise and length_bias of the labeller
   )->dict: # prompt, chosen, rejected
     "Two answers to one prompt, labelled by one noisy labeller."
     first = second = sample_response(prompt, rng)
     while second == first: second = sample_response(prompt, rng)
-    wins = rng.random() < label_probability(prompt, first, second)
+    wins = rng.random() < label_probability(prompt, first, second, **faults)
     chosen, rejected = (first, second) if wins else (second, first)
     return dict(prompt=prompt, chosen=chosen, rejected=rejected)
+
+# %% ../nbs/foundations/07_world.ipynb #5cf28b59
+def check_labels(label_noise:float, length_bias:float)->None:
+    "Raise `InputError` for faults of the labels that equation (7) does not have."
+    if not 0 <= label_noise <= .5:
+        raise InputError(f"label_noise is {label_noise}. Set it between 0 and 0.5, where a label "
+                         "says nothing.")
+    if not math.isfinite(length_bias):
+        raise InputError(f"length_bias is {length_bias}. Give a finite number, in reward per word.")
+
+# %% ../nbs/foundations/07_world.ipynb #8b3e02f7
+_CENTRE, _SPREAD = .415, 1.606 # of (reward - place)/stake over the generator's answers
+
+def _reshaped(prompt:str, completion:str, shape, scale:float)->float:
+    "The gold reward through a monotone map, equation (8)."
+    parts, stake = explain_reward(prompt, completion), read_prompt(prompt).stake
+    z = ((parts["total"] - parts["place"]) / stake - _CENTRE) / _SPREAD
+    inner = min(3., max(-3., z))
+    return stake * (shape(inner) + .01*(z - inner)) / scale
+
+# %% ../nbs/foundations/07_world.ipynb #9a15aca1
+def convex_reward(prompt:str, completion:str)->float:
+    "The gold reward through exp(2z): few answers are far better than the rest."
+    return _reshaped(prompt, completion, lambda z: math.exp(2*z), 1.85)
+
+def concave_reward(prompt:str, completion:str)->float:
+    "The gold reward through -exp(-z): few answers are far worse than the rest."
+    return _reshaped(prompt, completion, lambda z: -math.exp(-z), 1.82)
+
+def two_level_reward(prompt:str, completion:str)->float:
+    "The gold reward through a steep sigmoid: nearly all answers are either good or bad."
+    return _reshaped(prompt, completion, lambda z: 1 / (1 + math.exp(-8*z)), .29)
+
+def heavy_tailed_reward(prompt:str, completion:str)->float:
+    "The gold reward through z³: a few answers on both sides are far from the rest."
+    return _reshaped(prompt, completion, lambda z: z**3, 2.42)
+
+def tied_reward(prompt:str, completion:str)->float:
+    "The gold reward in whole spreads: many answers are worth the same."
+    return _reshaped(prompt, completion, round, .67)
 
 # %% ../nbs/foundations/07_world.ipynb #0d6ec8c1
 def _demonstrate(prompt, rng):
@@ -406,15 +451,18 @@ def make_world(folder, # where the files go
     seed:int=0, # of everything that is drawn
     *, demonstrations:int=4000, pairs:int=3000, pairs_test:int=800, # rows for SFT and reward model
     prompts:int=600, validation:int=100, test:int=200, ood:int=100, # rows of bare prompts
+    label_noise:float=0., length_bias:float=0., # faults of the labels in `pairs`, equation (7)
   )->dict: # name -> path
     "Write the world's files. No prompt occurs twice, within a file or across files."
+    check_labels(label_noise, length_bias)
     sizes = dict(prompts_test=test, prompts_ood=ood, prompts_validation=validation,
                  pairs_test=pairs_test, prompts=prompts, pairs=pairs, demonstrations=demonstrations)
     seen, paths = set(), {}
     for name, n in sizes.items():
         rng = random.Random(f"{name} {seed}")
         asked = _new_prompts(n, seen, rng, ood=name == "prompts_ood")
-        row = {"pairs": sample_pair, "demonstrations": _demonstrate}.get(
+        faults = dict(label_noise=label_noise, length_bias=length_bias) if name == "pairs" else {}
+        row = {"pairs": partial(sample_pair, **faults), "demonstrations": _demonstrate}.get(
             name.removesuffix("_test"), lambda prompt, rng: dict(prompt=prompt))
         paths[name] = Path(folder) / f"{name}.jsonl"
         write_jsonl(paths[name], [row(prompt, rng) for prompt in asked])
