@@ -283,7 +283,7 @@ def test_the_last_round_is_the_policy_of_the_run(run, jobs):
 
 def test_the_report_shows_every_round(run, jobs):
     "Rewards of what each policy says, and how far it is from SFT."
-    rows = {(name, k): row for name, k, *row in round_blocks(run, [*jobs])[-1].rows}
+    rows = {(name, k): row for name, k, *row in round_blocks(run, [*jobs])[0].blocks[-1].rows}
     assert [key for key in rows if key[0] in ("twice", "parts", "once")] == [
         ("twice", "1"), ("twice", "2"), ("twice", "3"), ("parts", "1"), ("parts", "2")]
     later = candidates(run, "score_twice-round2")
