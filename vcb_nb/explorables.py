@@ -47,7 +47,7 @@ class Explorable:
             f'<div class="vcbx" data-vcbx="{self.name}" role="group" '
             f'aria-label="Interactive figure: {title}" '
             f'data-config="{config}">\n<p class="vcbx-alt">{alt}</p>\n'
-            f'<noscript>This figure needs JavaScript to move. {alt}</noscript>\n</div>\n'
+            f'<noscript>This figure needs JavaScript to move.</noscript>\n</div>\n'
             f'<style>\n{_file("core.css")}</style>\n<script>\n{script}\nVCBX.start();\n</script>')
 
     def __repr__(self) -> str: return self.alt
