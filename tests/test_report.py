@@ -316,3 +316,16 @@ def test_dark_and_light_are_what_the_reader_asked_for(browser, whole, tmp_path):
     browser.settle()
     assert browser.evaluate("document.activeElement.id") == "content"
     browser.dark(False)
+
+
+def test_a_policy_that_has_collapsed_is_told_of_first(tmp_path):
+    "Of two policies of one kind too, whose stages are one line of the pipeline."
+    lost = "entropy 2.1 → 0.02 nats"
+    for name, found in (("ppo", {"collapsed": lost}), ("grpo", {})):
+        write_json(tmp_path/"online"/name/"manifest.json",
+                   dict(stage=f"online/{name}", seconds=1., versions={},
+                        summary=dict(loss=name, steps=3, **found)))
+    report(ReportConfig(run=str(tmp_path), output_dir=str(tmp_path/"report")))
+    page = (tmp_path/"report"/"report.md").read_text("utf-8")
+    top = page[:page.index("## Details")]
+    assert f"PPO has collapsed: {lost}" in top and "GRPO has" not in page

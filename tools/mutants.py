@@ -372,6 +372,8 @@ MUTANTS = [Mutant(*row) for row in [
      'return "".join(f"<{tag}>{html.escape(part)}</{tag}>" if tag else html.escape(part)',
      'return "".join(f"<{tag}>{part}</{tag}>" if tag else html.escape(part)',
      "test_report.py -k model_text", 0),
+    ("a collapse is not told", "report", 'if s.get("collapsed")]', "if False]",
+     "test_report.py -k collapsed", 0),
     ("a tie is a win", "findings", "if not told_apart(difference)]", "if False]",
      "test_findings.py -k tie or world", 0),
     ("single intervals decide", "findings",

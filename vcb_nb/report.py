@@ -291,9 +291,16 @@ FINDINGS_NOTE = ("Means over prompts; brackets are 95 % bootstrap intervals, for
                  "resampled. KL is estimated on the policies' own samples. A gain at a KL is read "
                  "from the line through SFT and a method's policies.")
 
-def finding_blocks(summary, per_prompt, reward, judged)->list:
+def collapsed(run:Path, parts:list)->list: # sentences
+    "The policies that have collapsed while they trained on their own samples."
+    found = {part: (read_manifest(run/part) or {}).get("summary", {}) for part in parts}
+    return [f"{method_label(part.partition('/')[2] or part)} has collapsed: {s['collapsed']}"
+            for part, s in found.items() if s.get("collapsed")]
+
+def finding_blocks(summary, per_prompt, reward, judged, warned:list=())->list:
     "The sentences, the table of methods, and the picture of what calibration means."
-    blocks = [Heading("Findings"), Points(findings(summary, per_prompt, reward, judged))]
+    said = [*findings(summary, per_prompt, reward, judged), *warned]
+    blocks = [Heading("Findings"), Points(said)]
     if not summary: return blocks
     if sweeps_of(summary):
         notes = [FINDINGS_NOTE, TABLE_NOTE*(len(sweeps_of(summary)) > 1), fit_note(summary)]
@@ -664,7 +671,7 @@ def report(config:ReportConfig)->dict: # where the pages are
                            for name in ("summary.json", "per_prompt.json"))
     reward = _read_if(run/"reward"/"evaluation.json")
     judged = _read_if(run/"judge"/"summary.json") if "judge" in parts else None
-    blocks = finding_blocks(summary, per_prompt, reward, judged)
+    blocks = finding_blocks(summary, per_prompt, reward, judged, collapsed(run, parts))
     blocks += reward_blocks(reward)
     if judged: blocks += judge_blocks(run)
     if summary:
