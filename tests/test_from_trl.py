@@ -17,9 +17,14 @@ PAIRS = [{"prompt": "How was the film?", "chosen": " Very good.", "rejected": " 
          {"prompt": "And the bread?", "chosen": " Quite good", "rejected": " Hard, I am afraid."}]
 
 
+CAPTIONS = {"names": "Arguments and settings", "losses": "Losses", "metrics": "Metrics",
+            "stages": "Stages and commands"}
+
+
 def rows(label):
-    "The cells of the table with this label."
-    table = PAGE[:PAGE.index(f"{{#tbl-trl-{label}}}")].rpartition("\n\n| TRL")[2]
+    "The cells of the table with this caption."
+    end = re.search(rf"\*Table \d\.\* {CAPTIONS[label]}\.", PAGE).start()
+    table = PAGE[:end].rpartition("\n\n| TRL")[2]
     return [line.strip("| ").split(" | ") for line in table.splitlines()[2:] if line[:1] == "|"]
 
 

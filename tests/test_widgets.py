@@ -182,4 +182,5 @@ def test_notebook_stores_a_picture_and_no_widget():
     assert "widget-view" not in text and "widgets" not in notebook["metadata"]
     cells = notebook["cells"]
     at = next(i for i, c in enumerate(cells) if "".join(c["source"]).startswith("playground("))
-    assert not cells[at]["outputs"] and "image/png" in cells[at + 1]["outputs"][0]["data"]
+    beside = "".join(cells[at + 1]["outputs"][0]["data"]["text/html"])
+    assert not cells[at]["outputs"] and beside.startswith("<img ")
