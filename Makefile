@@ -32,7 +32,7 @@ test-vllm: ## the sampling backend vLLM for real, on a CPU, in an environment of
 
 test-study: $(READY)  ## a study killed in every way, and the notebook of studies (ten minutes)
 	VCB_STUDY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_study.py \
-		tests/test_rounds.py tests/test_notebooks.py -k "study or kill_in_round"
+		tests/test_rounds.py tests/test_notebooks.py -k "study or kill_in_round or 12_online"
 
 test-faults: $(READY)  ## kill every stage twenty times and compare with an undisturbed run
 	$(BIN)/python tests/faults.py 20

@@ -58,6 +58,13 @@ def test_every_stage_survives_a_kill(machine, whole, tmp_path):
     assert sum(c["killed"] for c in found.values()) >= len(found) / 2
 
 
+def test_a_kill_after_the_manifest_leaves_nothing(machine, run):
+    "A job writes its manifest, then removes its pending one; a kill may come between the two."
+    shutil.copy(run/"sft"/"manifest.json", run/"sft"/"pending.json")
+    status, said = machine.vcb(*run_args(run))
+    assert status == 0 and not leftovers(run), said
+
+
 def test_each_prompt_is_sampled_once(whole):
     "The oracle for the comparison above: the reference itself has lost nothing."
     rows = [json.loads(line) for part in sorted((whole[0]/"sample"/"data").glob("part-*"))

@@ -31,8 +31,8 @@ def test_notebook(path, wheel, shared, tmp_path, monkeypatch):
         if not os.environ.get("VCB_REAL"): pytest.skip("minutes with a real model: make test-real")
         (tmp_path/"runs").mkdir()
         (tmp_path/"runs"/"smollm2").symlink_to(ROOT/"runs"/"smollm2")
-    if path.stem == "09_study" and not os.environ.get("VCB_STUDY"):
-        pytest.skip("minutes of a study: make test-study")
+    if path.stem in ("09_study", "12_online") and not os.environ.get("VCB_STUDY"):
+        pytest.skip("minutes of training: make test-study")
     if (shared/"lesson").exists(): shutil.copytree(shared/"lesson", tmp_path/"runs"/"lesson")
     run(path, wheel, tmp_path, monkeypatch)
     if (tmp_path/"runs"/"lesson").exists():

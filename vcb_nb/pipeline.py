@@ -267,7 +267,9 @@ def _run_job(job:Job, redo:bool)->str:
     main = _barrier()
     log.info("%-24s %s%s", job.name, {"new": "starts", "cut off": "resumes"}.get(state, state),
              remark and f": {remark}")
-    if state == "done": return state
+    if state == "done":
+        if main: (job.folder/PENDING).unlink(missing_ok=True) # of a kill after the manifest
+        return state
     if state == "stale" and not redo and main: _refuse(job, remark)
     key, start = job.key(), time.time()
     if main:
