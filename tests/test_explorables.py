@@ -1,15 +1,14 @@
 "The figures' JavaScript computes what the library computes, and their HTML stands on its own."
 import json, re, shutil, subprocess
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest, torch
 
+from javascript import JS, close
 from vcb_nb import explorables, worlds
 from vcb_nb.explorables import EXPLORABLES, Explorable, order_value, tilted_policy
 from vcb_nb.losses import LOSSES, preference_loss, reward_sigma
 
-JS = Path(explorables.__file__).parent/"js"
 RUN = ("const V = require(process.argv[1]); let s = '';"
        "process.stdin.on('data', d => s += d).on('end', () => "
        "console.log(JSON.stringify(JSON.parse(s).map(([path, ...args]) => "
@@ -22,12 +21,6 @@ def node(calls):
     done = subprocess.run([binary, "-e", RUN, str(JS/"core.js")], input=json.dumps(calls),
                           text=True, capture_output=True, check=True)
     return json.loads(done.stdout)
-
-
-def close(got, wanted, tolerance=1e-9):
-    "Both as float64."
-    got, wanted = (torch.as_tensor(x, dtype=torch.float64) for x in (got, wanted))
-    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
 
 
 def prompts(count=40, seed=0):

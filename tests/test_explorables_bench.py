@@ -1,35 +1,18 @@
 """The figures of the playground: what they train and compute in JavaScript is what torch does."""
-import json, shutil, subprocess
 from functools import partial
-from pathlib import Path
 
 import pytest, torch
 
-from vcb_nb import explorables, worlds
+import javascript
+from javascript import close
+from vcb_nb import worlds
 from vcb_nb.explorables import on_off_policy, scale_shape, two_methods
 from vcb_nb.losses import LOSSES, preference_loss
 from vcb_nb.widgets import alike
 
-JS = Path(explorables.__file__).parent/"js"
-FIGURES = ("two_methods", "scale_shape", "on_off_policy")
+node = partial(javascript.node, figures=("two_methods", "scale_shape", "on_off_policy"))
 BENCH = two_methods().config["strengths"]
 REWARDS, PROBS = [.1, .55, .85, .9, .3, .7], [4., 3., 2., 1., 3., 2.]
-
-
-def node(expression, **values):
-    "The value of a JavaScript expression over `VCBX` and `values`, with the figures loaded."
-    binary = shutil.which("node") or pytest.skip("needs node on the PATH")
-    code = "".join((JS/f"{name}.js").read_text("utf-8") for name in ("core", *FIGURES))
-    code += "".join(f"const {k} = {json.dumps(v)};" for k, v in values.items())
-    code += f"process.stdout.write(JSON.stringify({expression}));"
-    return json.loads(subprocess.run([binary, "-"], input=code, text=True, capture_output=True,
-                                     check=True).stdout)
-
-
-def close(got, wanted, tolerance=1e-9):
-    "Both as float64."
-    got, wanted = (torch.as_tensor(x, dtype=torch.float64) for x in (got, wanted))
-    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
 
 
 def test_the_bench_offers_every_loss_but_the_one_that_is_another():

@@ -1,15 +1,15 @@
 """The loss landscape and the hard pairs: their JavaScript against torch, and in a real browser."""
-import itertools, json, math, re, shutil, subprocess
-from pathlib import Path
+import itertools, math, re
+from functools import partial
 
 import pytest
 import torch
 
-from vcb_nb import explorables
+import javascript
+from javascript import close
 from vcb_nb.explorables import hard_pairs, loss_landscape
 from vcb_nb.losses import preference_loss
 
-JS = Path(explorables.__file__).parent/"js"
 REWARDS = [.9, .85, .1]
 METHODS = {"vcb": {"gamma": .7}, "vcb_lse": {"gamma": 1.3, "lam": 2.5}, "dpo": {"beta": .5},
            "ipo": {"tau": .25}, "slic": {"delta": 1.2, "lam_reg": .3}, "rrhf": {"rank_weight": 2.}}
@@ -17,24 +17,8 @@ METHODS = {"vcb": {"gamma": .7}, "vcb_lse": {"gamma": 1.3, "lam": 2.5}, "dpo": {
 POINTS = [(-2 + 8 * i / 20 + .013, -2 + 8 * j / 20 + .017) for i in range(21) for j in range(21)]
 RESIDUALS = [[.9, -.3, 1.6, .2, -1.1, -.6], [0., 0., 0., 1.], [2., -2., 2., -2., 2., -2.],
              [.3, .3, .3]]
+node = partial(javascript.node, figures=("loss_landscape", "hard_pairs"))
 LANDSCAPE = "VCBX.landscape.landscape(method, params, rewards)"
-
-
-def node(expression, **values):
-    "The value of a JavaScript expression over `VCBX` and `values`, with both figures loaded."
-    binary = shutil.which("node") or pytest.skip("needs node on the PATH")
-    code = "".join((JS/f"{name}.js").read_text("utf-8")
-                   for name in ("core", "loss_landscape", "hard_pairs"))
-    code += "".join(f"const {k} = {json.dumps(v)};" for k, v in values.items())
-    code += f"process.stdout.write(JSON.stringify({expression}));"
-    return json.loads(subprocess.run([binary, "-"], input=code, text=True, capture_output=True,
-                                     check=True).stdout)
-
-
-def close(got, wanted, tolerance=1e-9):
-    "Both as float64."
-    got, wanted = (torch.as_tensor(x, dtype=torch.float64) for x in (got, wanted))
-    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
 
 
 def torch_loss(method, gaps, rewards, **params):

@@ -234,3 +234,12 @@ def test_told_apart_needs_an_interval():
     assert told_apart(dict(value=1., low=.1, high=2.))
     assert told_apart(dict(value=-1, low=-2, high=-.1))
     assert not told_apart(dict(value=1., low=-.1, high=2.))
+
+
+def test_no_method_is_called_best_where_none_has_moved():
+    "As after a few steps at a small learning rate: the samples of all policies are the same."
+    numbers = numbers_of({"vcb": {1.: .5}, "dpo": {1.: .5}}, judges=("gold",))
+    still = {name: numbers["sft"] for name in numbers}
+    said = findings(summary_of(still), {"test": {"policies": still}})
+    assert "all methods gain the same: 0" in said[0] and not any("most" in s or "largest gain" in s
+                                                                 for s in said)

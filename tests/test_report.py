@@ -318,6 +318,16 @@ def test_dark_and_light_are_what_the_reader_asked_for(browser, whole, tmp_path):
     browser.dark(False)
 
 
+def test_the_page_names_the_level_of_its_intervals(tmp_path):
+    for folder, level in (("a", .95), ("b", .8)):
+        summary = write_run(tmp_path/folder)
+        summary["settings"]["level"] = level
+        write_json(tmp_path/folder/"evaluate"/"summary.json", summary)
+        report(ReportConfig(run=str(tmp_path/folder), output_dir=str(tmp_path/folder/"report")))
+        page = (tmp_path/folder/"report"/"report.md").read_text("utf-8")
+        assert f"{100*level:g} % bootstrap" in page and f"{100*level:g} % interval" in page
+
+
 def test_a_policy_that_has_collapsed_is_told_of_first(tmp_path):
     "Of two policies of one kind too, whose stages are one line of the pipeline."
     lost = "entropy 2.1 → 0.02 nats"

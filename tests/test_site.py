@@ -121,7 +121,7 @@ def test_figures_and_tables_are_numbered_in_order_and_named_by_number(site):
     captions = 0
     for path, page in site.pages.items():
         count = {"Figure": 0, "Table": 0}
-        for kind, number in (m.groups() for e in page.select("p > em:first-child, p > em")
+        for kind, number in (m.groups() for e in page.select("p > em")
                              if (m := CAPTION.match(e.text))):
             count[kind] += 1
             assert int(number) == count[kind], f"{path}: {kind} {number}"

@@ -28,11 +28,12 @@ def places():
 def draw(path):
     use_style()
     fig, ax = plt.subplots(figsize=(12, 6.3))
-    for height, (name, x) in zip((2, 1, 0), places().items()):
+    found = places()
+    for height, (name, x) in zip((2, 1, 0), found.items()):
         color = "black" if name == "rewards" else method_color(name)
         ax.plot(x, torch.full((3,), float(height)), "o-", color=color, ms=26, lw=5)
         ax.text(-.07, height, method_label(name), color=color, ha="right", va="center", size=30)
-    for x, reward, side in zip(places()["rewards"], REWARDS, ("center", "right", "left")):
+    for x, reward, side in zip(found["rewards"], REWARDS, ("center", "right", "left")):
         ax.text(x, 2.28, f"{reward:g}", ha=side, size=24)
     ax.text(-.37, 3.05, "Value-based Calibration", size=44, weight="bold")
     ax.text(-.37, 2.72, "Align a model to its rewards' values, not only to their order", size=23)

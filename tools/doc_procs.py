@@ -5,8 +5,7 @@ notebook. nbdev's `rm_export` would hide both; pyproject.toml puts `ShowInternal
 
 Cells that JupyterLab shows collapsed are folded on the site, by the same metadata: `source_hidden`
 folds code, `outputs_hidden` a whole solution. The tag `remove-input` shows an output alone."""
-import ast
-import re
+import ast, json, re
 
 from fastcore.nbio import mk_cell
 from nbdev.process import Processor
@@ -62,7 +61,8 @@ def folded(cell):
     if hidden.get("outputs_hidden"):
         start = f'<details class="fold"><summary>{first_comment(cell)}</summary>'
         return [mk_cell(start, "markdown"), cell, mk_cell("</details>", "markdown")]
-    cell.source = f'#| code-fold: true\n#| code-summary: "{first_comment(cell)}"\n{cell.source}'
+    summary = json.dumps(first_comment(cell), ensure_ascii=False)
+    cell.source = f"#| code-fold: true\n#| code-summary: {summary}\n{cell.source}"
     return [cell]
 
 

@@ -144,6 +144,8 @@ def gain_sentences(found:dict, # of `compare_methods`
              if found["at"] is None else f"At {number_text(found['at'])} nats from SFT"
              + ", the largest KL that every method reaches" * bool(others))
     e = found["gains"][best]
+    if others and all(g["value"] == e["value"] for g in found["gains"].values()):
+        return [f"{where}, all methods gain the same: {_gain_of(e, judge)}."]
     said = [f"{where}, {method_label(best)} gains {'most: ' * bool(others)}{_gain_of(e, judge)}."]
     if e["low"] is None: return [*said, "With one prompt there are no intervals."]
     if not others:
@@ -168,6 +170,7 @@ def largest_sentence(summary:dict, judge:str)->list:
     policies = {n: p for n, p in summary["policies"].items() if n != "sft"}
     gains = {n: p["splits"]["test"].get(f"{judge}_gain") for n, p in policies.items()}
     if len(policies) < 2 or None in gains.values(): return []
+    if len({g["value"] for g in gains.values()}) < 2: return [] # none is the largest
     best = max(gains, key=lambda n: gains[n]["value"])
     kl = policies[best]["splits"]["test"]["kl"]
     return [f"The largest gain at any distance is that of {run_label(best, policies[best])}: "

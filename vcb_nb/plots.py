@@ -9,6 +9,7 @@ __all__ = ['METHOD_COLORS', 'method_color', 'method_label', 'method_style', 'use
 
 # %% ../nbs/theory/07_plots.ipynb #835494b7
 import base64, html, io, re
+from dataclasses import dataclass
 
 from matplotlib import colors as mcolors
 from matplotlib import pyplot as plt
@@ -115,10 +116,13 @@ def use_style():
     plt.rcParams.update(STYLE)
 
 # %% ../nbs/theory/07_plots.ipynb #7328d329
-class Picture(str):
+@dataclass(repr=False)
+class Picture:
     "A figure as HTML; its text is what it shows."
+    html: str
+    alt: str
     def _repr_html_(self): return self.html
-    def __repr__(self): return f"<{self}>"
+    def __repr__(self): return f"<{self.alt}>"
 
 def figure_html(figure:Figure, # drawn
                 alt:str # what it shows
@@ -135,7 +139,6 @@ def show_figure(figure:Figure, # drawn; it is closed
                 alt:str # what it shows, for readers who cannot see it
                )->Picture:
     "The figure with an alternative text, as the last value of a notebook's cell."
-    picture = Picture(alt)
-    picture.html = figure_html(figure, alt)
+    picture = Picture(figure_html(figure, alt), alt)
     plt.close(figure)
     return picture

@@ -225,8 +225,8 @@ def render_markdown(title:str, blocks:list)->str:
     return "\n\n".join([f"# {_plain(title)}", *map(_markdown_block, blocks)]) + "\n"
 
 # %% ../nbs/runs/04_report.ipynb #fe136803
-TABLE_NOTE = ("Bold: the largest gain. ≈: these prompts cannot tell it from the largest (the 95 % "
-              "interval of the difference includes 0).")
+TABLE_NOTE = ("Bold: the largest gain. ≈: these prompts cannot tell it from the largest (the "
+              "{level:g} % interval of the difference includes 0).")
 
 def _gain_columns(summary:dict, per_prompt:"dict | None")->list: # (title, comparison)
     "What the methods are compared by: each reward, and the first one out of distribution."
@@ -287,14 +287,14 @@ def frontier_blocks(summary:dict)->list:
             for judge in judges_of(summary)]
 
 # %% ../nbs/runs/04_report.ipynb #242b1147
-FINDINGS_NOTE = ("Means over prompts; brackets are 95 % bootstrap intervals, for which prompts are "
-                 "resampled. KL is estimated on the policies' own samples. A gain at a KL is read "
-                 "from the line through SFT and a method's policies.")
+FINDINGS_NOTE = ("Means over prompts; brackets are {level:g} % bootstrap intervals, for which "
+                 "prompts are resampled. KL is estimated on the policies' own samples. A gain at "
+                 "a KL is read from the line through SFT and a method's policies.")
 
 def collapsed(run:Path, parts:list)->list: # sentences
     "The policies that have collapsed while they trained on their own samples."
     found = {part: (read_manifest(run/part) or {}).get("summary", {}) for part in parts}
-    return [f"{method_label(part.partition('/')[2] or part)} has collapsed: {s['collapsed']}"
+    return [f"{method_label(part.partition('/')[2] or part)} has collapsed: {s['collapsed']}."
             for part, s in found.items() if s.get("collapsed")]
 
 def finding_blocks(summary, per_prompt, reward, judged, warned:list=())->list:
@@ -303,8 +303,10 @@ def finding_blocks(summary, per_prompt, reward, judged, warned:list=())->list:
     blocks = [Heading("Findings"), Points(said)]
     if not summary: return blocks
     if sweeps_of(summary):
-        notes = [FINDINGS_NOTE, TABLE_NOTE*(len(sweeps_of(summary)) > 1), fit_note(summary)]
-        blocks += [methods_table(summary, per_prompt), Text(" ".join(filter(None, notes)))]
+        note = FINDINGS_NOTE + (" " + TABLE_NOTE)*(len(sweeps_of(summary)) > 1)
+        level = 100*summary.get("settings", {}).get("level", .95)
+        text = f"{note.format(level=level)} {fit_note(summary)}".rstrip()
+        blocks += [methods_table(summary, per_prompt), Text(text)]
     return blocks + frontier_blocks(summary)[:1] + gap_blocks(summary)
 
 def gap_blocks(summary:dict)->list:
@@ -440,7 +442,7 @@ def _samples_note(shown:int, prompts:int)->str:
 
 # %% ../nbs/runs/04_report.ipynb #d0f67f9d
 def policies_table(summary:dict, split:str="test")->Table:
-    "One row per policy: rewards, KL and win − lose against SFT, with 95 % intervals."
+    "One row per policy: rewards, KL and win − lose against SFT, with intervals."
     judges = judges_of(summary)
     columns = ["policy", *(JUDGE_NAMES[j] for j in judges), "KL k1, nats", "KL k3, nats",
                "win − lose against SFT"]
