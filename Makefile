@@ -23,8 +23,8 @@ test: $(READY)  ## every test and every notebook, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
 		--max-worker-restart 0
 
-test-matrix: $(READY)  ## every architecture of nbs/models.qmd through the stages (two minutes)
-	VCB_MATRIX=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_matrix.py
+test-matrix: $(READY)  ## every architecture of nbs/models.qmd through the stages, and every benchmark (four minutes)
+	VCB_MATRIX=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_matrix.py tests/test_benchmarks.py
 
 test-vllm: ## the sampling backend vLLM for real, on a CPU, in an environment of its own (ten minutes)
 	$(PYTHON) tools/vllm_env.py .venv-vllm

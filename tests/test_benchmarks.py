@@ -53,6 +53,8 @@ CASES = [(step, ["step"] * 4 + ["logps"] * 3, [*step.WAYS, *step.WAYS[1:]], {}),
          (memory, ["memory"], ["shared"], dict(ways=["shared"])),
          (sft, ["sft"] * 5, sft.WAYS, dict(kind=training.TrainingSettings, **{**ROWS, "n": 1})),
          (reward, ["reward"] * 3, reward.WAYS, dict(kind=reward.PairSettings, **ROWS))]
+if not os.environ.get("VCB_MATRIX"): CASES = CASES[:4] # the peers' trainings: make test-matrix
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module, benches, ways, settings", CASES, ids=lambda v: getattr(
