@@ -6,11 +6,12 @@ import pytest, torch
 import javascript
 from javascript import close
 from vcb_nb import worlds
-from vcb_nb.explorables import on_off_policy, scale_shape, two_methods
+from vcb_nb.explorables import on_off_policy, reward_errors, scale_shape, two_methods
 from vcb_nb.losses import LOSSES, preference_loss
 from vcb_nb.widgets import alike
 
-node = partial(javascript.node, figures=("two_methods", "scale_shape", "on_off_policy"))
+node = partial(javascript.node, figures=("two_methods", "scale_shape", "on_off_policy",
+                                         "reward_errors"))
 BENCH = two_methods().config["strengths"]
 REWARDS, PROBS = [.1, .55, .85, .9, .3, .7], [4., 3., 2., 1., 3., 2.]
 
@@ -206,7 +207,70 @@ def test_candidates_are_drawn_from_the_policy():
     assert ((share - probs).abs() < 4 * (probs * (1 - probs) / 20_000).sqrt()).all()
 
 
+ERRING = dict(accuracy=.7, share=.4, prompts=32, bend=.6)
+
+
+def fitted(world, prompts=32, worlds=400, candidates=8):
+    """Least squares of seen rewards on six normal features, in many simulated worlds: θ, and new
+    candidates with their seen and true rewards."""
+    generator = torch.Generator().manual_seed(0)
+    def candidates_of(m):
+        normal = lambda *more: torch.randn(worlds, m, candidates, *more, generator=generator,
+                                           dtype=torch.float64)
+        f, noise = normal(6), normal()
+        seen = f[..., 0] + world["bias"] * f[..., 1] + world["noise"]**.5 * noise
+        return f, seen, f[..., 0] - world["bend"] / 2 * f[..., 1].square()
+    f, seen, _ = candidates_of(prompts)
+    x, y = (v - v.mean(2, keepdim=True) for v in (f, seen))
+    theta = torch.linalg.lstsq(x.flatten(1, 2), y.flatten(1)[..., None]).solution[..., 0]
+    return theta, candidates_of(64)
+
+
+def test_a_fit_to_erring_rewards_has_the_errors_that_the_figure_counts():
+    "Norm, gains at 1.5 nats, KL at γ and both correlations, against 400 fits of each kind."
+    world = node("VCBX.rewardErrors.world(asked)", asked=ERRING)
+    theta, (f, seen, true) = fitted(world)
+    assert theta.square().sum(1).mean().item() == pytest.approx(world["norm"]**2, rel=.02)
+    unit = theta / theta.norm(dim=1, keepdim=True)
+    found, spent, plots = node("[VCBX.rewardErrors.gains(world, 1.5), VCBX.rewardErrors.spent("
+                               "world, .5), VCBX.rewardErrors.plots(world)]", world=world)
+    t = 3**.5 # the tilt that costs 1.5 nats moves normal features by t along θ
+    truth = t * unit[:, 0] - world["bend"] / 2 * (t * unit[:, 1]).square()
+    assert truth.mean().item() == pytest.approx(found["truth"], rel=.03)
+    assert found["best"] == pytest.approx(t)
+    said = t * (unit[:, 0] + world["bias"] * unit[:, 1]).mean().item() / seen.std().item()
+    assert said == pytest.approx(found["seen"], rel=.02)
+    ratios = (f @ theta[:, None, :, None])[..., 0]
+    for name, rewards in (("seen", seen), ("truth", true)):
+        r = torch.corrcoef(torch.stack([ratios.flatten(), rewards.flatten()]))[0, 1].item()
+        assert r == pytest.approx(plots[name], abs=.02)
+    nats = 2 * theta.square().sum(1).mean().item() / seen.var().item()
+    assert spent == pytest.approx(nats, rel=.03)
+
+
+def test_the_seen_reward_orders_as_many_pairs_as_the_slider_says():
+    "Without bend, as the accuracy is defined."
+    world = node("VCBX.rewardErrors.world(asked)", asked={**ERRING, "bend": 0})
+    _, (_, seen, true) = fitted(world)
+    order = lambda r: r[..., :4] > r[..., 4:]
+    assert (order(seen) == order(true)).double().mean().item() == pytest.approx(.7, abs=.005)
+
+
+def test_the_true_reward_turns_where_the_figure_says():
+    "The largest true gain on a fine grid of KL; without bias or bend there is none."
+    asked = {**ERRING, "share": 1., "bend": 1.}
+    kls = torch.linspace(.01, 12, 1200, dtype=torch.float64)
+    turn, gain = node("(w => [VCBX.rewardErrors.turn(w), kls.map(k => VCBX.rewardErrors.gains(w, k)"
+                      ".truth)])(VCBX.rewardErrors.world(asked))", asked=asked, kls=kls.tolist())
+    assert kls[torch.tensor(gain).argmax()].item() == pytest.approx(turn, abs=.011)
+    for harmless in (dict(share=0.), dict(bend=0.)):
+        assert node("VCBX.rewardErrors.turn(VCBX.rewardErrors.world(asked)) === Infinity",
+                    asked={**asked, **harmless})
+
+
 @pytest.mark.parametrize("call,word", [
+    (lambda: reward_errors(accuracy=.5), "accuracy"), (lambda: reward_errors(share=2), "share"),
+    (lambda: reward_errors(prompts=1), "prompts"), (lambda: reward_errors(bend=-1), "bend"),
     (lambda: scale_shape(skew=3), "skew"), (lambda: scale_shape(scale=0), "scale"),
     (lambda: scale_shape(gamma=.1), "gamma"), (lambda: on_off_policy(n=1), "n is 1"),
     (lambda: on_off_policy(seed=20), "seed"), (lambda: on_off_policy(training=501), "training"),

@@ -6,13 +6,14 @@ Docs: https://vcb-nb.github.io/vcb_nb/theory/explorables.html.md"""
 
 # %% auto #0
 __all__ = ['Explorable', 'order_value', 'tilted_policy', 'loss_landscape', 'hard_pairs', 'two_methods', 'scale_shape',
-           'on_off_policy']
+           'on_off_policy', 'reward_errors']
 
 # %% ../nbs/theory/09_explorables.ipynb #a9faf9dc
 import hashlib
 import html
 import json
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -333,7 +334,39 @@ def on_off_policy(
         "optimum. The target is the same for both, because the residual is zero there for every "
         "response."), title="candidates drawn once against fresh ones every step")
 
+# %% ../nbs/theory/09_explorables.ipynb #0572ba06
+def reward_errors(
+    *,
+    accuracy:float=.75, # share of pairs that the reward model orders right, .55 to .95
+    share:float=.5, # of its errors' variance that is a bias on length; the rest is noise
+    prompts:int=64, # to train on, 2 to 1024, with 8 candidates each
+    bend:float=1., # harm of unusual length: the true reward has -bend/2 length², 0 to 1.5
+    gamma:float=.5, # strength of the pull towards the SFT policy, .3 to 4
+) -> Explorable:
+    """What VCB gains from a reward model that errs, and what a plot of its calibration shows.
+
+    Responses have six normal features, of which quality and length count; the policy is linear
+    in them, and its estimation error is that of least squares. Raises `ValueError` for inputs out
+    of range."""
+    _within(.55, .95, accuracy=accuracy)
+    _within(0, 1, share=share)
+    _within(2, 1024, prompts=prompts)
+    _within(0, 1.5, bend=bend)
+    _within(.3, 4, gamma=gamma)
+    normal = random.Random(0).gauss
+    config = {"accuracy": float(accuracy), "share": float(share), "prompts": int(prompts),
+              "bend": float(bend), "gamma": float(gamma), "range": [.3, 4.],
+              "draws": [[round(normal(0, 1), 3) for _ in range(4)] for _ in range(48)],
+              "methods": _styles("vcb", "sft")}
+    return Explorable("reward_errors", config, (
+        "Interactive figure: a reward model with an adjustable accuracy, whose errors are noise or "
+        "a bias on length. Noise averages out as training prompts are added: the policy follows "
+        "the true reward, though its log-ratios correlate poorly with the rewards that it was "
+        "given. A bias is learnt whole: the correlation with the seen reward is high, and the true "
+        "gain is not. Where the true reward bends in length, it falls again after some KL, while "
+        "the seen reward goes on rising."), title="what errors of the reward model cost")
+
 # %% ../nbs/theory/09_explorables.ipynb #c3fd1cab
 EXPLORABLES = {make.__name__: make for make in (
     order_value, tilted_policy, loss_landscape, hard_pairs, two_methods, scale_shape,
-    on_off_policy)}
+    on_off_policy, reward_errors)}
