@@ -553,7 +553,7 @@ def _matrix(rows:list, columns:tuple)->np.ndarray: # [prompts, columns × polici
     return np.array([row[c] for c in columns for row in rows], float).T
 
 # %% ../nbs/runs/09_study.ipynb #3239af3d
-def _tuned_arm(arms:dict, columns, statistic)->dict: # seed → rows
+def tuned_arm(arms:dict, columns, statistic)->dict: # seed → rows
     "One arm of several tuned settings: each seed at the best setting of the other seeds."
     if len(arms) == 1: return next(iter(arms.values()))
     seeds = sorted({seed for arm in arms.values() for seed in arm})
@@ -593,7 +593,7 @@ def decisions_of(numbers:list, # rows with a number per prompt
         tried = {level: len(settings) for level, settings in levels.items()}
         points = {level: max(len(rows) for arm in settings.values() for rows in arm.values())
                   for level, settings in levels.items()}
-        arms = {level: _tuned_arm(s, columns, statistic) for level, s in levels.items()}
+        arms = {level: tuned_arm(s, columns, statistic) for level, s in levels.items()}
         base = arms.pop(asked.baseline)
         margin = asked.margin if measure in (None, asked.measure) else None
         found += [dict(measure=name, prompts=prompts, between=asked.between, level=level,

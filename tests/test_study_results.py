@@ -1,0 +1,113 @@
+"What is kept of a study says what the study said; its curves are read as its decisions are."
+import math
+
+import numpy as np, pytest
+
+from vcb_nb.artifacts import InputError, write_json, write_jsonl
+from vcb_nb.contrasts import gain_at_kl, student_quantile
+from vcb_nb.study import Question, load_study, shipped_studies
+from vcb_nb.study_results import keep_results, kept_results, plot_decisions, study_curves
+
+STORED = sorted(path.stem for study in {p.parent for p in shipped_studies().values()}
+                for path in (study/"results").glob("*.json"))
+ASKED = Question(measure="gold_at_1_nat", baseline="vcb")
+
+
+def policy(seed, method, kl, gain, **factors):
+    return dict(seed=seed, method=method, factors=factors, policy=f"{method}-{kl}", prompts="test",
+                kl=kl, gold_gain=gain, reward_gain=-gain)
+
+
+def frontier(seed, method, points, **factors):
+    return [policy(seed, method, kl, gain, **factors) for kl, gain in points]
+
+
+def test_a_curve_is_the_mean_of_the_seeds_frontiers():
+    "Each seed's own frontier at the same KL, their mean, and a t interval over seeds."
+    points = {0: [(.5, .3), (2, .6)], 1: [(.4, .1), (1.5, .7)], 2: [(1, .2), (3, .5)]}
+    rows = [row for seed, own in points.items() for row in frontier(seed, "vcb", own)]
+    (key, (mean, half)), = study_curves(rows, ASKED, [.5, 1.2]).items()
+    assert key == ((), "vcb")
+    for at, kl in enumerate((.5, 1.2)):
+        each = np.array([gain_at_kl(*zip(*own), kl) for own in points.values()])
+        assert mean[at] == pytest.approx(each.mean())
+        assert half[at] == pytest.approx(student_quantile(.975, 2)*each.std(ddof=1)/math.sqrt(3))
+    (_, (mean, _)), = study_curves(rows, ASKED, [.5], "reward_gain").items()
+    assert mean[0] < 0
+
+
+def test_a_curve_ends_where_over_a_tenth_of_the_seeds_do():
+    "One frontier of ten may be short, and counts where it is; two may not."
+    rows = [row for seed in range(10)
+            for row in frontier(seed, "vcb", [(1 if seed < 1 else 2 if seed < 2 else 3, seed)])]
+    mean, half = study_curves(rows, ASKED, [1., 2., 3.])[(), "vcb"]
+    assert np.isnan(mean).tolist() == np.isnan(half).tolist() == [False, False, True]
+    assert mean[1] == pytest.approx(np.mean([1, *(gain_at_kl([3], [s], 2.) for s in range(2, 10))]))
+
+
+def test_one_seed_has_a_curve_and_no_interval():
+    mean, half = study_curves(frontier(0, "vcb", [(1, .5)]), ASKED, [1.])[(), "vcb"]
+    assert mean[0] == .5 and np.isnan(half[0])
+
+
+def test_settings_stand_apart_and_a_tuned_one_is_chosen_by_the_other_seeds():
+    "Seed 0 gets the high rate, which seeds 1 and 2 prefer; each of them the low one, by its .9."
+    rows = []
+    for seed, low, high in ((0, .9, .1), (1, .2, .6), (2, .2, .6)):
+        rows += frontier(seed, "vcb", [(1, low)], rate="low", size="s")
+        rows += frontier(seed, "vcb", [(1, high)], rate="high", size="s")
+        rows += frontier(seed, "vcb", [(1, 5)], rate="low", size="m")
+    asked = Question(measure="gold_at_1_nat", baseline="vcb", tuned=["rate"])
+    curves = study_curves(rows, asked, [1.])
+    assert set(curves) == {((("size", "s"),), "vcb"), ((("size", "m"),), "vcb")}
+    assert curves[(("size", "s"),), "vcb"][0, 0] == pytest.approx(np.mean([.1, .2, .2]))
+    assert curves[(("size", "m"),), "vcb"][0, 0] == 5
+
+
+def test_what_is_kept_comes_back(tmp_path):
+    "Four digits of every number, no folder of any cell, and the decisions as they were."
+    rows = [dict(policy(0, "vcb", 1.23456, .5), cell="/home/me/cell", study="own", gold=1)]
+    write_jsonl(tmp_path/"own"/"results.jsonl", rows)
+    write_json(tmp_path/"own"/"decisions.json", {"cells": 1, "decisions": []})
+    keep_results(tmp_path/"own", tmp_path/"kept")
+    (row,), about = kept_results("own", tmp_path/"kept")
+    assert row["kl"] == 1.235 and "cell" not in row and about["cells"] == 1
+    first = (tmp_path/"kept"/"own.jsonl.gz").read_bytes()
+    keep_results(tmp_path/"own", tmp_path/"kept") # the same bytes, whenever it was made
+    assert (tmp_path/"kept"/"own.jsonl.gz").read_bytes() == first
+    with pytest.raises(InputError, match="no results of a study 'owl'.*Did you mean 'own'"):
+        kept_results("owl", tmp_path/"kept")
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_stored_rows_say_what_the_stored_decisions_say(name):
+    """Every decision of a study that comes with the package, whose measure is a gain at a KL, is
+    the difference of two curves of its stored rows; and the study file still asks that question."""
+    study = load_study(name)
+    rows, about = kept_results(name)
+    assert about["done"] == about["cells"] and len({row["seed"] for row in rows}) >= 20
+    checked = 0
+    for c in about["decisions"]:
+        if "_at_" not in c["measure"] or c["missing"]: continue # on the seeds that both have
+        gain, at = c["measure"].split("_at_")
+        asked = Question(**{**study.primary, "prompts": c["prompts"], "measure": c["measure"]})
+        curves = study_curves(rows, asked, [float(at.split("_")[0])], f"{gain}_gain")
+        setting = tuple(c["at"].items())
+        found = [curves[setting, c[side]][0, 0] for side in ("level", "baseline")]
+        assert found[0] - found[1] == pytest.approx(c["value"], abs=2e-3), c
+        checked += 1
+    assert checked
+    primary = [c for c in about["decisions"] if c["family"] == "primary"]
+    assert {c["measure"] for c in primary} == {study.question.measure}
+    assert {c["baseline"] for c in primary} == {study.question.baseline}
+
+
+def test_every_decision_has_its_line_and_a_name():
+    from matplotlib.figure import Figure
+    ax = Figure().subplots()
+    c = dict(between="method", level="dpo", baseline="vcb", at={"rewards": "gold"}, value=.1,
+             low=0., high=.2, verdict="undecided")
+    missing = dict(c, at={}, value=None, low=None, high=None, verdict="undecided (no seed)")
+    plot_decisions(ax, [c, missing], .1)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["DPO − VCB", "gold: DPO − VCB"]
+    assert [t.get_text() for t in ax.texts] == ["undecided (no seed)", "undecided"]
