@@ -72,9 +72,8 @@ def test_what_is_kept_comes_back(tmp_path):
     keep_results(tmp_path/"own", tmp_path/"kept")
     (row,), about = kept_results("own", tmp_path/"kept")
     assert row["kl"] == 1.235 and "cell" not in row and about["cells"] == 1
-    first = (tmp_path/"kept"/"own.jsonl.gz").read_bytes()
-    keep_results(tmp_path/"own", tmp_path/"kept") # the same bytes, whenever it was made
-    assert (tmp_path/"kept"/"own.jsonl.gz").read_bytes() == first
+    packed = (tmp_path/"kept"/"own.jsonl.gz").read_bytes()
+    assert packed[4:8] == bytes(4) # no date (RFC 1952): the same rows are the same file
     with pytest.raises(InputError, match="no results of a study 'owl'.*Did you mean 'own'"):
         kept_results("owl", tmp_path/"kept")
 
