@@ -3,7 +3,7 @@ import math
 
 import numpy as np, pytest
 
-from vcb_nb.artifacts import InputError, write_json, write_jsonl
+from vcb_nb.artifacts import InputError, fingerprint, write_json, write_jsonl
 from vcb_nb.contrasts import gain_at_kl, student_quantile
 from vcb_nb.study import Question, load_study, shipped_studies
 from vcb_nb.study_results import keep_results, kept_results, plot_decisions, study_curves
@@ -74,6 +74,8 @@ def test_what_is_kept_comes_back(tmp_path):
     assert row["kl"] == 1.235 and "cell" not in row and about["cells"] == 1
     packed = (tmp_path/"kept"/"own.jsonl.gz").read_bytes()
     assert packed[4:8] == bytes(4) # no date (RFC 1952): the same rows are the same file
+    with pytest.raises(InputError, match="no decisions.json. Run the study first"):
+        keep_results(tmp_path, tmp_path/"kept")
     with pytest.raises(InputError, match="no results of a study 'owl'.*Did you mean 'own'"):
         kept_results("owl", tmp_path/"kept")
 
@@ -84,6 +86,7 @@ def test_stored_rows_say_what_the_stored_decisions_say(name):
     the difference of two curves of its stored rows; and the study file still asks that question."""
     study = load_study(name)
     rows, about = kept_results(name)
+    assert about["file"] == fingerprint(study.path) # the very file that asked
     assert about["done"] == about["cells"] and len({row["seed"] for row in rows}) >= 20
     checked = 0
     for c in about["decisions"]:
@@ -108,5 +111,8 @@ def test_every_decision_has_its_line_and_a_name():
              low=0., high=.2, verdict="undecided")
     missing = dict(c, at={}, value=None, low=None, high=None, verdict="undecided (no seed)")
     plot_decisions(ax, [c, missing], .1)
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["DPO − VCB", "gold: DPO − VCB"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["DPO − VCB", "gold"]
     assert [t.get_text() for t in ax.texts] == ["undecided (no seed)", "undecided"]
+    ax = Figure().subplots()
+    plot_decisions(ax, [c, dict(c, level="ipo")])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["gold, IPO − VCB", "gold, DPO − VCB"]

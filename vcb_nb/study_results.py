@@ -29,7 +29,9 @@ def keep_results(folder, # of a study that has finished
                  place, # where NAME.jsonl.gz and NAME.json are to be
                 )->None:
     "Keep the rows of a study's table, to four digits, and its decisions."
-    name, place = Path(folder).name, Path(place)
+    name, place = Path(folder).resolve().name, Path(place)
+    if not (Path(folder)/"decisions.json").is_file():
+        raise InputError(f"{folder} has no decisions.json. Run the study first: vcb study.")
     lines = (Path(folder)/"results.jsonl").read_text("utf-8").splitlines()
     short = lambda v: float(f"{v:.4g}") if isinstance(v, float) else v
     rows = [{k: short(row[k]) for k in KEPT_COLUMNS if k in row} for row in map(json.loads, lines)]
@@ -104,9 +106,10 @@ def plot_decisions(ax, decisions:list, # of one family
     if margin: ax.axvspan(-margin, margin, color="black", alpha=.07, linewidth=0)
     ax.axvline(0, color="black", linewidth=.8)
     ax.set(yticks=range(len(decisions)), ylim=(-.6, len(decisions) - .4),
-           yticklabels=[_decided_label(c) for c in reversed(decisions)])
+           yticklabels=[_decided_label(c, decisions) for c in reversed(decisions)])
 
-def _decided_label(c:dict)->str: # 'gold, n 2: VCB − DPO'
-    first, second = (method_label(c[k]) if c["between"] == "method" else c[k]
-                     for k in ("level", "baseline"))
-    return "".join(f"{value}: " for value in c["at"].values()) + f"{first} − {second}"
+def _decided_label(c:dict, decisions:list)->str: # 'DPO − VCB', or the setting
+    "The pair that is compared, unless it is the same in all; then the setting alone."
+    pair = [method_label(c[k]) if c["between"] == "method" else c[k] for k in ("level", "baseline")]
+    same = c["at"] and len({other["level"] for other in decisions}) == 1
+    return ", ".join([*c["at"].values(), *[" − ".join(pair)]*(not same)])

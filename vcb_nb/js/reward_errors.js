@@ -164,11 +164,11 @@ VCBX.register("reward_errors", (root, config) => {
     show.kl(`${round(kl)} nats`);
     show.gain(`${round(gain.truth)} σ`);
     show.share(`${Math.round(100 * gain.truth / gain.best)} %`);
-    const bend1 = turn(now);
+    const fall = turn(now);
     say(`At ${round(kl)} nats the true reward gains ${round(gain.truth)} σ of the `
       + `${round(gain.best)} that are possible, and the seen one ${round(gain.seen)}. `
-      + (kl > bend1 ? `Past ${round(bend1)} nats the true reward falls while the seen one rises.`
-        : Number.isFinite(bend1) ? `The true reward falls from ${round(bend1)} nats on.`
+      + (kl > fall ? `Past ${round(fall)} nats the true reward falls while the seen one rises.`
+        : Number.isFinite(fall) ? `The true reward falls from ${round(fall)} nats on.`
           : "More KL never harms here."));
   };
   draw();
