@@ -195,6 +195,22 @@ def test_explorables_move_on_the_built_pages(site, tmp_path):
         assert page.errors == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["theory/what_values_buy.html", "experiments/values_ranks.html"])
+def test_letters_of_pictures_can_be_read_on_a_telephone(site, tmp_path, name):
+    """Letters of 9 points are 13.75 pixels in a figure's own size, and keep 10 at 360 pixels: the
+    figure is shrunk by no more, and scrolls in its box; the page does not."""
+    from browser import chromium
+    with chromium(tmp_path) as page:
+        page.viewport(360, 800)
+        page.open((site.folder/name).as_uri())
+        page.settle()
+        shares, width = page.evaluate("""[[...document.querySelectorAll('img.vcb-figure')].map(
+            i => i.getBoundingClientRect().width / i.naturalWidth),
+            document.documentElement.scrollWidth]""")
+    assert len(shares) >= 2 and min(shares) > .73 and width == 360
+
+
 # The pages' old addresses
 
 @contextlib.contextmanager
