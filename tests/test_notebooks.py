@@ -54,8 +54,8 @@ def test_a_cell_for_colab_alone_is_not_run(tmp_path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_has_its_form(path):
-    """A title, a summary, a Colab badge, stored outputs without errors, and no stored widget state;
-    what is for Colab only was not run here."""
+    """A title, a summary, a Colab badge, stored outputs without errors and without the folders of
+    the machine that ran it, and no stored widget state; what is for Colab only was not run here."""
     notebook = nbformat.read(path, 4)
     text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
     assert text.lstrip().startswith("# ") and "\n> " in text
@@ -64,6 +64,8 @@ def test_notebook_has_its_form(path):
     outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
     assert (not [o for o in outputs if o.output_type == "error"]
             and "widgets" not in notebook.metadata)
+    said = "".join(str(o.get("text") or o.get("data", {}).get("text/plain")) for o in outputs)
+    assert not re.search(r"(?<![\w.])/(home|root|tmp|work|usr|Users)/|site-packages", said)
     assert not any(c.outputs for c in notebook.cells if skipped(c))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from vcb_nb.artifacts import InputError
+from vcb_nb.artifacts import InputError, write_jsonl
 from vcb_nb.data import candidates_to_pairs, load_candidates, train_tokenizer
 from vcb_nb.judges import (FunctionJudge, PolicyJudge, load_judge, reward_scores,
                            wrote_ids)
@@ -147,6 +147,28 @@ def test_equal_rewards_are_counted(config):
     summary = score(replace(config, reward="test_score:same"))
     assert summary["no_signal"] == 7
     assert {row["reward_std"] for row in load_candidates(config.output_dir)} == {0.}
+
+
+def by_length(prompt, text): return len(text) * 1e100
+
+
+def test_how_far_rewards_follow_length(config, tmp_path):
+    """Within prompts: that one prompt has longer and better answers than another says nothing.
+    Neither does a prompt of equal rewards, and rewards of any size can be told."""
+    rows = [dict(prompt=f"{base}", completions=["a" * (base + i) for i in (1, 2, 3)],
+                 rewards=[base + sign * scale * i for i in (1, 2, 3)])
+            for base, sign, scale in ((1, 1, 1), (1000, -1, 2), (5, 1, 1e-3), (7, -1, 1e6))]
+    flat = dict(prompt="flat", completions=["a", "aa" * 50, "aaa"], rewards=[.1 + .2, .3, .3])
+    def told(rows):
+        write_jsonl(tmp_path/"given.jsonl", rows)
+        given = replace(config, candidates=str(tmp_path/"given.jsonl"), reward=None,
+                        reference=None, output_dir=str(tmp_path/str(len(rows))))
+        return score(given)["length_correlation"]
+    assert told(rows) == pytest.approx(0)                       # two prompts each way
+    assert told([rows[0], flat, rows[2]]) == pytest.approx(1)
+    assert told([flat]) is None
+    huge = replace(config, reward="test_score:by_length", output_dir=str(tmp_path/"huge"))
+    assert .5 < score(huge)["length_correlation"] <= 1
 
 
 @pytest.mark.parametrize("rewards", [[1.], [1., 1.], [1e8, 1e8 + 1, 1e8 + 3], [.1 + .2, .3],

@@ -102,7 +102,7 @@ def check_score(config:ScoreConfig, ahead)->None:
                               "folder, or to a 'module:function'.")
 
 # %% ../nbs/stages/05_score.ipynb #74424852
-def score(config:ScoreConfig)->dict: # summary: counts, mean reward, mean σ(x), no_signal
+def score(config:ScoreConfig)->dict: # summary: counts, means of r and σ(x), length_correlation
     "Score candidates into `output_dir/data`; resumes where an earlier call was cut off."
     tokenizer = load_tokenizer(config.reference) if config.reference else None
     total, load, dropped = candidate_parts(config, tokenizer)
@@ -155,7 +155,8 @@ def load_judges(config, tokenizer, rows, answers=None)->tuple: # what gives rewa
 # %% ../nbs/stages/05_score.ipynb #e4b638fe
 POLICY_GAP = .05 # nats per token
 
-def _lengths(row)->list: return [len(ids) for ids in row.get("completion_ids") or ()]
+def _lengths(row)->list: # tokens; characters of candidates that have no tokens
+    return list(map(len, row.get("completion_ids") or row["completions"]))
 
 def _policy_gap(rows)->float: # 0 where nothing is known
     "Mean |log π_ref − log π| per token, π being the policy that sampled."
@@ -167,6 +168,14 @@ def _sampled_kl(rows)->float | None: # nats per response
     "Mean of log π − log π_ref, π being the policy that sampled: its KL from the reference."
     return _mean([own - ref for row in rows for own, ref in
                   zip(row["sample_logps"] or (), row["ref_logps"] or ())])
+
+def _length_correlation(rows)->float | None: # None: no prompt has both unequal
+    "Of rewards, in units of σ(x), with length; within prompts, since prompts ask for more or less."
+    told = [row for row in rows if row["reward_std"]]
+    lengths = [n - statistics.fmean(row["lengths"]) for row in told for n in row["lengths"]]
+    rewards = [(r - row["reward_mean"]) / row["reward_std"] for row in told for r in row["rewards"]]
+    try: return statistics.correlation(lengths, rewards)
+    except statistics.StatisticsError: return None
 
 def summarise_scores(rows, # scored
                      sampled_by:str | None=None, # a policy that is meant to be no reference
@@ -186,6 +195,7 @@ def summarise_scores(rows, # scored
             "reward_mean": _mean([row["reward_mean"] for row in rows]),
             "reward_std": _mean([row["reward_std"] for row in rows]),
             "no_signal": no_signal, "repeated": sum(row["repeated"] for row in rows),
+            "length_correlation": _length_correlation(rows),
             "ref_logp_mean": _mean(logps), **({"kl": _sampled_kl(rows)} if sampled_by else {})}
 
 def _repeated(texts:list)->int: return len(texts) - len(set(texts))
