@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from vcb_nb.losses import LOSSES
 from vcb_nb.worlds import (StringLM, TableWorld, draw_candidates, entropy, enumerate_strings,
                            expected, fit_table, frontier_efficiency, frontier_reward,
-                           kl_divergence, log_partition, optimal_policy, random_world,
+                           kl_divergence, log_partition, optimal_policy, policy_at_kl, random_world,
                            string_logps, string_world, table_world)
 
 FEW = settings(max_examples=20, deadline=None)
@@ -201,6 +201,23 @@ def test_the_sft_policy_and_the_best_response_end_the_frontier():
     worst = torch.full_like(world.rewards, -torch.inf).scatter(
         1, world.rewards.argmin(1, keepdim=True), 0.)
     assert (frontier_efficiency(world, worst) < 0).all()
+
+
+@FEW
+@given(worlds())
+def test_a_tilt_spends_what_is_asked(world):
+    """Along any direction: that KL, log-ratios on a line with the direction, and the same policy for
+    the direction in other units."""
+    direction = torch.randn(world.rewards.shape, generator=torch.Generator().manual_seed(1)).double()
+    best = direction.argmax(1, keepdim=True)
+    kl = .4 * -world.ref_logps.gather(1, best)[:, 0]      # less than the best response's own
+    policy = policy_at_kl(world, kl, direction)
+    assert_close(kl_divergence(policy, world.ref_logps), kl, rtol=1e-6, atol=1e-9)
+    ratios, line = (t - t.mean(1, keepdim=True) for t in (policy - world.ref_logps, direction))
+    tilt = (ratios * line).sum(1, keepdim=True) / line.square().sum(1, keepdim=True)
+    assert (tilt > 0).all()
+    assert_close(ratios, tilt * line, rtol=1e-6, atol=1e-8)
+    assert_close(policy_at_kl(world, kl, 7 * direction - 3), policy, rtol=1e-6, atol=1e-6)
 
 
 def test_two_best_responses_that_differ_by_a_hair_are_told_apart():

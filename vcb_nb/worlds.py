@@ -118,27 +118,37 @@ def optimal_policy(world:TableWorld, gamma:float=1., sigma:Tensor=None) -> Tenso
     return torch.log_softmax(_tilt(world, gamma, sigma), 1)
 
 # %% ../nbs/theory/08_worlds.ipynb #28c1cad4
+def policy_at_kl(
+    world:TableWorld,
+    kl:Tensor, # `[prompts]`, nats, or a number
+    direction:Tensor=None, # `[prompts, K]` or `[1, K]`; None: the rewards
+) -> Tensor: # log-probs `[prompts, K]`
+    """The SFT policy, tilted by exp(t direction) until this far from SFT; t is found by bisection.
+
+    A KL beyond -log pi_sft(best responses) cannot be reached: all is then on the best responses."""
+    kl = torch.as_tensor(kl, dtype=torch.float64).expand(len(world.rewards))
+    if not (kl >= 0).all(): raise ValueError("kl must be a number of nats, 0 or more.")
+    values = world.rewards if direction is None else direction.double().expand_as(world.rewards)
+    centred = values - values.amax(1, keepdim=True)
+    scale = (-centred.amin(1, keepdim=True)).clamp(min=torch.finfo(torch.float64).tiny)
+    def tilted(log_t):
+        return torch.log_softmax(world.ref_logps + log_t.exp()[:, None] * (centred / scale), 1)
+    # t times the range of values, from no tilt at all to nothing but the best response.
+    low, high = torch.full_like(kl, -40.), torch.full_like(kl, 40.)
+    for _ in range(100):
+        middle = (low + high) / 2
+        below = kl_divergence(tilted(middle), world.ref_logps) < kl
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return tilted((low + high) / 2)
+
 def frontier_reward(
     world:TableWorld,
     kl:Tensor, # `[prompts]`, nats, or a number
 ) -> Tensor: # `[prompts]`
     """The best expected reward of any policy within this KL of the SFT policy.
 
-    The best policy is the SFT policy tilted by exp(t r); its t is found by bisection. A KL beyond
-    -log pi_sft(best responses) buys nothing more: the result is then the largest reward."""
-    kl = torch.as_tensor(kl, dtype=torch.float64).expand(len(world.rewards))
-    if not (kl >= 0).all(): raise ValueError("kl must be a number of nats, 0 or more.")
-    centred = world.rewards - world.rewards.amax(1, keepdim=True)
-    scale = (-centred.amin(1, keepdim=True)).clamp(min=torch.finfo(torch.float64).tiny)
-    def tilted(log_t):
-        return torch.log_softmax(world.ref_logps + log_t.exp()[:, None] * (centred / scale), 1)
-    # t times the reward range, from no tilt at all to nothing but the best response.
-    low, high = torch.full_like(kl, -40.), torch.full_like(kl, 40.)
-    for _ in range(100):
-        middle = (low + high) / 2
-        below = kl_divergence(tilted(middle), world.ref_logps) < kl
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return expected(tilted((low + high) / 2), world.rewards)
+    A KL beyond -log pi_sft(best responses) buys nothing more: it is then the largest reward."""
+    return expected(policy_at_kl(world, kl), world.rewards)
 
 def frontier_efficiency(world:TableWorld, logps:Tensor) -> Tensor:
     """Reward gained over the SFT policy, as a share of the most its KL can buy: `[prompts]`.
