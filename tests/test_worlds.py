@@ -206,9 +206,10 @@ def test_the_sft_policy_and_the_best_response_end_the_frontier():
 @FEW
 @given(worlds())
 def test_a_tilt_spends_what_is_asked(world):
-    """Along any direction: that KL, log-ratios on a line with the direction, and the same policy for
-    the direction in other units."""
-    direction = torch.randn(world.rewards.shape, generator=torch.Generator().manual_seed(1)).double()
+    """Along any direction: that KL, log-ratios on a line with it, and the same policy for the
+    direction in other units."""
+    draw = torch.Generator().manual_seed(1)
+    direction = torch.randn(world.rewards.shape, generator=draw).double()
     best = direction.argmax(1, keepdim=True)
     kl = .4 * -world.ref_logps.gather(1, best)[:, 0]      # less than the best response's own
     policy = policy_at_kl(world, kl, direction)
