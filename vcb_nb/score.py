@@ -155,8 +155,7 @@ def load_judges(config, tokenizer, rows, answers=None)->tuple: # what gives rewa
 # %% ../nbs/stages/05_score.ipynb #e4b638fe
 POLICY_GAP = .05 # nats per token
 
-def _lengths(row)->list: # tokens; characters of candidates that have no tokens
-    return list(map(len, row.get("completion_ids") or row["completions"]))
+def _lengths(row)->list: return [len(ids) for ids in row.get("completion_ids") or ()]
 
 def _policy_gap(rows)->float: # 0 where nothing is known
     "Mean |log π_ref − log π| per token, π being the policy that sampled."
@@ -171,9 +170,12 @@ def _sampled_kl(rows)->float | None: # nats per response
 
 def _length_correlation(rows)->float | None: # None: no prompt has both unequal
     "Of rewards, in units of σ(x), with length; within prompts, since prompts ask for more or less."
-    told = [row for row in rows if row["reward_std"]]
-    lengths = [n - statistics.fmean(row["lengths"]) for row in told for n in row["lengths"]]
-    rewards = [(r - row["reward_mean"]) / row["reward_std"] for row in told for r in row["rewards"]]
+    lengths, rewards = [], []
+    for row in rows:
+        if not row["reward_std"]: continue
+        middle = statistics.fmean(row["sizes"])
+        lengths += [size - middle for size in row["sizes"]]
+        rewards += [(r - row["reward_mean"]) / row["reward_std"] for r in row["rewards"]]
     try: return statistics.correlation(lengths, rewards)
     except statistics.StatisticsError: return None
 
@@ -183,6 +185,7 @@ def summarise_scores(rows, # scored
     "Means over scored rows, and how many prompts carry no signal."
     names = ("rewards", "reward_mean", "reward_std", "ref_logps", "sample_logps")
     rows = [{**{k: row.get(k) for k in names}, "lengths": _lengths(row),
+             "sizes": _lengths(row) or list(map(len, row["completions"])), # tokens, or characters
              "repeated": _repeated(row["completions"])} for row in rows]
     logps = [v for row in rows for v in row["ref_logps"] or ()]
     no_signal = sum(row["reward_std"] == 0 for row in rows)
