@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings, strategies as st
 from torch.testing import assert_close
 
-from vcb_nb.losses import LOSSES
+from vcb_nb.losses import LOSSES, preference_loss
 from vcb_nb.worlds import (StringLM, TableWorld, draw_candidates, entropy, enumerate_strings,
                            expected, fit_table, frontier_efficiency, frontier_reward,
                            kl_divergence, log_partition, optimal_policy, policy_at_kl, random_world,
@@ -393,6 +393,34 @@ def test_sampled_candidates_get_their_exact_gaps(gamma, seed):
         assert 1 < seen.sum() < 8
         assert_close(l[seen] - l[row[0]], a[seen] - a[row[0]], rtol=0, atol=1e-6/gamma)
         assert_close(l[~seen], l[~seen][:1].expand_as(l[~seen]))
+
+
+@pytest.mark.parametrize("gamma, seed", [(.5, 0), (1., 1)])
+def test_rounds_end_at_the_optimum_one_round_does_not(gamma, seed):
+    """A round of VCB, trained to its end, gives the responses it drew the mean of their errors
+    l - l*, and leaves all others. Draws from the policy of the round before make the errors of all
+    equal; those of SFT, drawn once, miss responses, and their errors stay as they were."""
+    world, drawing = random_world(3, 8, seed, spread=.5), torch.Generator().manual_seed(seed)
+    optimum = optimal_policy(world, gamma)
+    aim, logits, ends = log_ratios(world, optimum), world.ref_logps.clone(), []
+    for number in range(300):
+        policy = logits.log_softmax(1)
+        index = torch.multinomial(policy.exp(), 6, True, generator=drawing)
+        seen = torch.zeros(3, 8, dtype=torch.bool).scatter(1, index, True)
+        error = logits - world.ref_logps - aim
+        mean = (error*seen).sum(1, keepdim=True)/seen.sum(1, keepdim=True)
+        logits = torch.where(seen, world.ref_logps + aim + mean, logits).requires_grad_()
+        some = [x.gather(1, index) for x in (logits.log_softmax(1), world.ref_logps, world.rewards)]
+        loss = preference_loss("vcb", *some, sigma=world.reward_std, gamma=gamma).sum()
+        slope, = torch.autograd.grad(loss, logits) # 0: this is where the round ends
+        assert slope.abs().max() < 1e-9 and abs(loss) < 1e-9
+        logits = logits.detach()
+        if number == 0: # and gradient descent from SFT ends there too
+            fit = fit_table(world, "vcb", candidates=index, steps=200, gamma=gamma,
+                            lr=5/(12*gamma**2), optimizer=torch.optim.SGD)
+            assert_close(fit.policy, logits.log_softmax(1), rtol=0, atol=1e-6)
+        ends.append(kl_divergence(logits.log_softmax(1), optimum).max().item())
+    assert ends[0] > .05 and ends[-1] < 1e-6
 
 
 def test_draws_follow_the_sft_policy():
