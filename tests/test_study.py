@@ -11,7 +11,7 @@ from vcb_nb.artifacts import InputError, read_json, read_manifest, run_lock
 from vcb_nb.cli import main
 from vcb_nb.contrasts import contrast, decide, gain_at_kl
 from vcb_nb.recipes import load_recipe
-from vcb_nb.study import (Question, cells_of, decisions_of, decisions_text, expected_seconds,
+from vcb_nb.study import (Question, cells_of, decisions_of, decisions_text, expected_seconds, in_seeds,
                           load_study, record_study, shipped_studies, study_plan)
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +67,17 @@ def test_a_cell_per_seed_and_level(tmp_path):
     assert (last["sft"]["model_config"]["hidden_size"], last["sample"]["n"]) == (64, 6)
     assert found[0].recipe["sft"]["model_config"]["hidden_size"] == 32
     assert found[0].recipe["data"]["world"]["test"] == 8
+
+
+def test_cells_run_seed_by_seed_as_many_as_there_are_processes(tmp_path):
+    "A study that is stopped has whole seeds, and two cells of one seed do not wait for each other."
+    study = load(tmp_path, seeds=[5, 3, 8])
+    def order(processes):
+        return [(c.seed, *c.factors.values()) for c in in_seeds(study, cells_of(study), processes)]
+    assert order(1) == [(s, rate) for s in (5, 3, 8) for rate in ("0.001", "0.005")]
+    assert order(2) == [*[(s, rate) for rate in ("0.001", "0.005") for s in (5, 3)],
+                        (8, "0.001"), (8, "0.005")]
+    assert order(3) == [(s, rate) for rate in ("0.001", "0.005") for s in (5, 3, 8)]
 
 
 def test_a_level_may_set_a_field_inside_what_all_cells_change(tmp_path):
@@ -510,8 +521,8 @@ def test_killed_cells_and_a_killed_study_resume_to_the_same_table(whole, tmp_pat
 @long_study
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_a_stopped_study_ends_its_cells_and_is_finished_piece_by_piece(whole, copy):
-    """SIGTERM: every cell ends, the status is 143, the command that resumes is said. Then one cell
-    alone, as an array job on a cluster; a model that somebody deleted; and the rest: the same
+    """SIGTERM: every cell ends, the status is 143, the command that resumes is said, and the table
+    has what has finished: nothing. Then one cell alone, as an array job on a cluster; a model that somebody deleted; and the rest: the same
     table. A further start changes nothing."""
     path, out, study = write(copy, **RUN), copy/"out", load(copy, **RUN)
     for home in out.glob("jobs/evaluate-*"): shutil.rmtree(home)
@@ -523,6 +534,7 @@ def test_a_stopped_study_ends_its_cells_and_is_finished_piece_by_piece(whole, co
     assert "stopped by SIGTERM in the cells of the study. To resume: " in said
     assert running and not any(Path(f"/proc/{pid}").exists() for pid in running)
     first, second = cells_of(study)
+    assert read_json(out/"decisions.json")["done"] == 0 and tables(out) == ["", ""]
     ended(vcb("study", path, "--cell", 1))
     assert second.done and not first.done and read_manifest(second.homes["evaluate"])
     model = second.homes["calibrate/dpo"]/"model"/"model.safetensors"

@@ -385,6 +385,10 @@ def run_cells(cells:list, children:Children, processes:int)->dict: # cell → wh
     return failed
 
 # %% ../nbs/runs/09_study.ipynb #1ef59d4a
+def in_seeds(study:Study, cells:list, processes:int)->list:
+    "As many seeds at a time as there are processes, so that a stopped study has whole seeds."
+    return sorted(cells, key=lambda cell: study.seeds.index(cell.seed)//processes)
+
 def run_study(study:Study,
               processes:int | None=None, # cells at once; by default as many as there are cores
               trust:bool=False, # run Python code that comes with a model, see SECURITY.md
@@ -394,11 +398,12 @@ def run_study(study:Study,
         raise InputError("A study starts its own processes. Start it without torchrun.")
     cells = cells_of(study)
     with run_lock(study.folder):
-        record, todo = record_study(study), [cell for cell in cells if not cell.done]
+        record, processes = record_study(study), processes or available_cores()
+        todo = [cell for cell in in_seeds(study, cells, processes) if not cell.done]
         check_cells(study, todo)
         for cell in cells: link_jobs(cell)
-        failed = run_cells(todo, Children(study.upto, trust), processes or available_cores())
-        decisions = write_results(study, cells, record)
+        try: failed = run_cells(todo, Children(study.upto, trust), processes)
+        finally: decisions = write_results(study, cells, record)
     if failed: raise Problems(failed)
     return decisions
 
