@@ -11,8 +11,9 @@ from vcb_nb.artifacts import InputError, read_json, read_manifest, run_lock
 from vcb_nb.cli import main
 from vcb_nb.contrasts import contrast, decide, gain_at_kl
 from vcb_nb.recipes import load_recipe
-from vcb_nb.study import (Question, cells_of, decisions_of, decisions_text, expected_seconds, in_seeds,
-                          load_study, record_study, shipped_studies, study_plan)
+from vcb_nb.study import (Question, cells_of, decisions_of, decisions_text, expected_seconds,
+                          in_seeds, load_study, record_study, seeds_named, shipped_studies,
+                          study_plan)
 
 ROOT = Path(__file__).parent.parent
 long_study = pytest.mark.skipif(not os.environ.get("VCB_STUDY"),
@@ -70,7 +71,7 @@ def test_a_cell_per_seed_and_level(tmp_path):
 
 
 def test_cells_run_seed_by_seed_as_many_as_there_are_processes(tmp_path):
-    "A study that is stopped has whole seeds, and two cells of one seed do not wait for each other."
+    "A study that is stopped has whole seeds; two cells of one seed do not wait for each other."
     study = load(tmp_path, seeds=[5, 3, 8])
     def order(processes):
         return [(c.seed, *c.factors.values()) for c in in_seeds(study, cells_of(study), processes)]
@@ -78,6 +79,15 @@ def test_cells_run_seed_by_seed_as_many_as_there_are_processes(tmp_path):
     assert order(2) == [*[(s, rate) for rate in ("0.001", "0.005") for s in (5, 3)],
                         (8, "0.001"), (8, "0.005")]
     assert order(3) == [(s, rate) for rate in ("0.001", "0.005") for s in (5, 3, 8)]
+
+
+def test_some_of_the_seeds(tmp_path, capsys):
+    "Only these are planned, and run; the file is not changed by it."
+    study = load(tmp_path, seeds=[5, 3, 8, 9])
+    assert seeds_named(study, "3, 8-9") == [3, 8, 9] and study.seeds == [5, 3, 8, 9]
+    path = str(study.path)
+    assert main(["study", path, "--plan", "--seeds", "8-9"]) == 0
+    assert "4 cells, 0 of them done" in capsys.readouterr().out
 
 
 def test_a_level_may_set_a_field_inside_what_all_cells_change(tmp_path):
@@ -242,7 +252,10 @@ def test_a_bad_study_is_one_sentence(name, tmp_path, capsys):
     (["study", "lesson", "--processes", "0"], "below 1"),
     (["study", "lesson", "--processes", "two"], "whole number"),
     (["study", "lesson", "--cell", "6"], "--cell"),
-    (["study", "lesson", "--cell", ""], "--cell is empty")])
+    (["study", "lesson", "--cell", ""], "--cell is empty"),
+    (["study", "lesson", "--seeds", "0-2,7"], "lesson.yaml has the seeds 0, 1, 2. Choose among"),
+    (["study", "lesson", "--seeds", "2-1"], "Choose among"),
+    (["study", "lesson", "--seeds", "first"], "such as 1-10 or 1,2,5")])
 def test_a_bad_command_is_one_sentence(words, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
@@ -522,8 +535,8 @@ def test_killed_cells_and_a_killed_study_resume_to_the_same_table(whole, tmp_pat
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_a_stopped_study_ends_its_cells_and_is_finished_piece_by_piece(whole, copy):
     """SIGTERM: every cell ends, the status is 143, the command that resumes is said, and the table
-    has what has finished: nothing. Then one cell alone, as an array job on a cluster; a model that somebody deleted; and the rest: the same
-    table. A further start changes nothing."""
+    has what has finished: nothing. Then one cell alone, as an array job on a cluster; a model that
+    somebody deleted; and the rest: the same table. A further start changes nothing."""
     path, out, study = write(copy, **RUN), copy/"out", load(copy, **RUN)
     for home in out.glob("jobs/evaluate-*"): shutil.rmtree(home)
     process = vcb("study", path, "--processes", 2)

@@ -5,8 +5,9 @@ import numpy as np, pytest
 
 from vcb_nb.artifacts import InputError, fingerprint, write_json, write_jsonl
 from vcb_nb.contrasts import gain_at_kl, student_quantile
-from vcb_nb.study import Question, load_study, shipped_studies
-from vcb_nb.study_results import keep_results, kept_results, plot_decisions, study_curves
+from vcb_nb.study import Question, all_decisions, load_study, shipped_studies
+from vcb_nb.study_results import (join_results, keep_results, kept_results, plot_decisions,
+                                  study_curves)
 
 STORED = sorted(path.stem for study in {p.parent for p in shipped_studies().values()}
                 for path in (study/"results").glob("*.json"))
@@ -116,3 +117,76 @@ def test_every_decision_has_its_line_and_a_name():
     ax = Figure().subplots()
     plot_decisions(ax, [c, dict(c, level="ipo")])
     assert [t.get_text() for t in ax.get_yticklabels()] == ["gold, IPO − VCB", "gold, DPO − VCB"]
+
+
+# ---- one study in several parts
+
+ONE = """base: demo
+seeds: [1, 2, 3, 4]
+primary: {measure: gold_at_1_nat, baseline: vcb, margin: .1}
+secondary: [gold_at_2_nats]
+"""
+
+
+def measured(study, folder, seeds, shared=False):
+    "A study's folder after it ran some of its seeds, and its rows with a number per prompt."
+    numbers = []
+    for seed in seeds:
+        draw = np.random.default_rng(seed)
+        level = draw.normal(0, .3)
+        for method, gain in (("vcb", .5), ("dpo", .4), ("ipo", .2)):
+            for kl in (.5, 1.5, 3.):
+                own = {"kl": draw.gamma(9, kl/9, 7).tolist(),
+                       "gold_gain": draw.normal(gain*kl**.5 + level, .4, 7).tolist()}
+                numbers.append({**policy(seed, method, kl, 0), "n_prompts": 7, **own,
+                                "prompt_set": "all" if shared else f"set {seed}"})
+    means = [{k: float(np.mean(v)) if isinstance(v, list) else v for k, v in row.items()}
+             for row in numbers]
+    write_jsonl(folder/study.name/"results.jsonl", means)
+    write_json(folder/study.name/"decisions.json", dict(
+        named_on=f"2026-01-0{seeds[0]}", file=fingerprint(study.path), changed=[], cells=4,
+        done=len(seeds), machine="one" if seeds[0] < 3 else "two", job_hours=len(seeds)/2,
+        decisions=all_decisions(study, numbers)))
+    return numbers
+
+
+@pytest.fixture
+def study(tmp_path):
+    (tmp_path/"apart.yaml").write_text(ONE)
+    return load_study(str(tmp_path/"apart.yaml"))
+
+
+def kept(study, folder, seeds, **how):
+    "Where the results of such a run are kept."
+    measured(study, folder/"run", seeds, **how)
+    keep_results(folder/"run"/study.name, folder/"kept")
+    return folder/"kept"
+
+
+def test_parts_decide_as_the_whole_does(study, tmp_path):
+    "Two machines with two seeds each: the decisions of one machine with four, to the digits kept."
+    whole = all_decisions(study, measured(study, tmp_path/"whole", [1, 2, 3, 4]))
+    parts = [kept(study, tmp_path/name, seeds) for name, seeds in (("b", [3, 4]), ("a", [1, 2]))]
+    join_results(study, parts, tmp_path/"joined")
+    rows, about = kept_results("apart", tmp_path/"joined")
+    assert len(rows) == 36 and (about["done"], about["job_hours"]) == (4, 2.)
+    assert about["machine"] == "two; one" and about["named_on"] == "2026-01-01"
+    assert len(about["decisions"]) == len(whole) == 4
+    for found, want in zip(about["decisions"], whole):
+        assert {k: v for k, v in found.items() if not isinstance(v, float)} == {
+            k: v for k, v in want.items() if not isinstance(v, float)}
+        for key in ("value", "low", "high", "se", "p_holm", "bound"):
+            assert found[key] == pytest.approx(want[key], abs=2e-3), key
+    alone = kept_results("apart", parts[0])[1]["decisions"][0]
+    assert whole[0]["low"] != pytest.approx(alone["low"], abs=2e-3)
+
+
+def test_parts_that_do_not_fit_are_named(study, tmp_path):
+    a = kept(study, tmp_path/"a", [1, 2])
+    def refused(says, *parts):
+        with pytest.raises(InputError, match=says): join_results(study, parts, tmp_path/"joined")
+        assert not (tmp_path/"joined").exists()
+    refused("Seed 2 is in .*a.kept and in .*b.kept", a, kept(study, tmp_path/"b", [2, 3]))
+    refused("measured on the same prompts", kept(study, tmp_path/"c", [3, 4], shared=True), a)
+    study.path.write_text(ONE + "name: apart\n")
+    refused("was made by another apart.yaml", a)

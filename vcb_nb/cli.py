@@ -325,7 +325,8 @@ def study_parser()->_Parser:
             output_dir=("FOLDER", "folder of the study (default: runs/studies/<name>)"),
             processes=("N", "cells at once, each on one thread (default: one per core)"),
             cell=("CELL", "run this cell alone, by its number from 0 or its name: for the array "
-                          "of a cluster's scheduler")).items():
+                          "of a cluster's scheduler"),
+            seeds=("SEEDS", "run these only, 1-10 or 1,2,5: the others run elsewhere")).items():
         parser.add_argument(f"--{name}", metavar=metavar, help=help)
     parser.add_flag("plan", "count the jobs (shared, own, done) and the hours; do nothing")
     parser.add_flag("trust_remote_code", "run Python code that comes with a model. Read it first")
@@ -352,16 +353,18 @@ def _run_study(args:list)->None:
     processes = own.processes and coerce(own.processes, int, "--processes")
     if processes is not None and processes < 1:
         raise InputError("--processes is below 1. Give the number of cells to run at once.")
+    seeds = own.seeds and study.seeds_named(asked, own.seeds)
     with _trust(own):
-        if own.plan: return _plan_study(asked, processes)
+        if own.plan: return _plan_study(asked, processes, seeds or asked.seeds)
         if own.cell is not None: return study.run_one_cell(asked, own.cell)
-        print(study.decisions_text(study.run_study(asked, processes, own.trust_remote_code)))
+        print(study.decisions_text(study.run_study(asked, processes, own.trust_remote_code,
+                                                    seeds)))
     print(f"Results: {asked.folder/'results.jsonl'}")
 
-def _plan_study(asked, processes)->None:
+def _plan_study(asked, processes, seeds)->None:
     "What a study would do; `Problems` if a cell cannot start."
     from vcb_nb import study
-    cells = study.cells_of(asked)
+    cells = [cell for cell in study.cells_of(asked) if cell.seed in seeds]
     print(study.study_plan(asked, cells, processes))
     study.check_cells(asked, [cell for cell in cells if not cell.done])
 

@@ -385,6 +385,18 @@ def run_cells(cells:list, children:Children, processes:int)->dict: # cell → wh
     return failed
 
 # %% ../nbs/runs/09_study.ipynb #1ef59d4a
+def seeds_named(study:Study, text:str)->list:
+    "Seeds of a study by their numbers: '1-10', or '1,2,5'."
+    parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in text.split(",")]
+    if None in parts:
+        raise InputError(f"--seeds is {text!r}. Give numbers, such as 1-10 or 1,2,5.")
+    found = [seed for part in parts for seed in range(int(part[1]), int(part[2] or part[1]) + 1)]
+    absent = next((seed for seed in found if seed not in study.seeds), None)
+    if absent is not None or not found:
+        raise InputError(f"--seeds is {text!r}, and {study.path.name} has the seeds "
+                         f"{', '.join(map(str, study.seeds))}. Choose among these.")
+    return found
+
 def in_seeds(study:Study, cells:list, processes:int)->list:
     "As many seeds at a time as there are processes, so that a stopped study has whole seeds."
     return sorted(cells, key=lambda cell: study.seeds.index(cell.seed)//processes)
@@ -392,14 +404,16 @@ def in_seeds(study:Study, cells:list, processes:int)->list:
 def run_study(study:Study,
               processes:int | None=None, # cells at once; by default as many as there are cores
               trust:bool=False, # run Python code that comes with a model, see SECURITY.md
+              seeds:list | None=None, # run these only; the others run elsewhere
              )->list: # the decisions, also in decisions.json
-    "Run or resume all cells, write the table of results, and decide."
+    "Run or resume all cells, write the table of what has finished, and decide."
     if rank_and_world()[1] > 1:
         raise InputError("A study starts its own processes. Start it without torchrun.")
     cells = cells_of(study)
     with run_lock(study.folder):
         record, processes = record_study(study), processes or available_cores()
-        todo = [cell for cell in in_seeds(study, cells, processes) if not cell.done]
+        todo = [cell for cell in in_seeds(study, cells, processes)
+                if not cell.done and cell.seed in (seeds or study.seeds)]
         check_cells(study, todo)
         for cell in cells: link_jobs(cell)
         try: failed = run_cells(todo, Children(study.upto, trust), processes)
@@ -610,6 +624,16 @@ def decisions_of(numbers:list, # rows with a number per prompt
     return found
 
 # %% ../nbs/runs/09_study.ipynb #e00ac1c8
+def all_decisions(study:Study,
+                  numbers:list, # rows with a number per prompt
+                 )->list: # of both families, each corrected for itself
+    "The primary and the secondary decisions."
+    asked = study.question
+    primary = decide(decisions_of(numbers, asked))
+    second = decide([c for name in study.secondary for c in decisions_of(numbers, asked, name)])
+    return [dict(family=name, family_size=len(family), seeds_planned=len(study.seeds), **c)
+            for name, family in (("primary", primary), ("secondary", second)) for c in family]
+
 def write_results(study:Study, cells:list, record:dict)->list:
     "The table, the numbers per prompt, and the decisions of what has finished."
     rows = [pair for cell in cells for pair in cell_rows(study, cell)]
@@ -618,11 +642,7 @@ def write_results(study:Study, cells:list, record:dict)->list:
             "prompt_set")
     write_jsonl(study.folder/"per_prompt.jsonl",
                 [{k: own[k] for k in (*head, *TABLE_NUMBERS) if k in own} for _, own in rows])
-    numbers, asked = [own for _, own in rows], study.question
-    primary = decide(decisions_of(numbers, asked))
-    second = decide([c for name in study.secondary for c in decisions_of(numbers, asked, name)])
-    decisions = [dict(family=name, family_size=len(family), seeds_planned=len(study.seeds), **c)
-                 for name, family in (("primary", primary), ("secondary", second)) for c in family]
+    decisions = all_decisions(study, [own for _, own in rows])
     first, *later = record["history"]
     write_json(study.folder/"decisions.json", dict(
         named_on=first["at"], file=first["file"], changed=[entry["changed"] for entry in later],

@@ -13,31 +13,36 @@ from pathlib import Path
 
 import numpy as np
 
-from .artifacts import InputError, atomic_write, did_you_mean, read_json, write_json
+from .artifacts import (InputError, atomic_write, did_you_mean, fingerprint, read_json,
+                              write_json)
 from .contrasts import gain_at_kl, student_quantile
 from .plots import method_color, method_label, method_style
-from .study import Question, arms_of, measure_of, shipped_studies, tuned_arm
+from .study import (TABLE_NUMBERS, Question, Study, all_decisions, arms_of, measure_of,
+                          shipped_studies, tuned_arm)
 
 # %% ../nbs/runs/11_study_results.ipynb #1f17cfc4
 KEPT_COLUMNS = (
     "seed", "factors", "policy", "method", "strength", "value", "prompts",
-    "n_prompts", "n_samples", "gold_gain", "reward_gain", "kl", "length",
-    "finished", "distinct_2", "distinct_share", "win", "tie", "lose", "slope",
+    "prompt_set", "n_prompts", "n_samples", "gold", "gold_gain", "reward", "reward_gain",
+    "kl", "kl_k3", "length", "finished", "distinct_2", "distinct_share", "win", "tie", "lose", "slope",
     "pearson", "reward_accuracy")
 
 def keep_results(folder, # of a study that has finished
                  place, # where NAME.jsonl.gz and NAME.json are to be
                 )->None:
     "Keep the rows of a study's table, to four digits, and its decisions."
-    name, place = Path(folder).resolve().name, Path(place)
     if not (Path(folder)/"decisions.json").is_file():
         raise InputError(f"{folder} has no decisions.json. Run the study first: vcb study.")
     lines = (Path(folder)/"results.jsonl").read_text("utf-8").splitlines()
     short = lambda v: float(f"{v:.4g}") if isinstance(v, float) else v
     rows = [{k: short(row[k]) for k in KEPT_COLUMNS if k in row} for row in map(json.loads, lines)]
+    _write_kept(Path(folder).resolve().name, Path(place), rows,
+                read_json(Path(folder)/"decisions.json"))
+
+def _write_kept(name:str, place:Path, rows:list, about:dict)->None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     atomic_write(place/f"{name}.jsonl.gz", gzip.compress(text.encode(), mtime=0))
-    write_json(place/f"{name}.json", read_json(Path(folder)/"decisions.json"))
+    write_json(place/f"{name}.json", about)
 
 # %% ../nbs/runs/11_study_results.ipynb #ad0679c8
 def kept_results(name:str, # of a study
@@ -52,6 +57,41 @@ def kept_results(name:str, # of a study
                          f"{did_you_mean(name, [p.stem for p in folder.glob('*.json')])}")
     lines = gzip.decompress(found.with_suffix(".jsonl.gz").read_bytes()).decode().splitlines()
     return [json.loads(line) for line in lines], read_json(found)
+
+# %% ../nbs/runs/11_study_results.ipynb #1c20aaf9
+def join_results(study:Study,
+                 parts:list, # where `keep_results` kept them, each with its own seeds
+                 place, # where NAME.jsonl.gz and NAME.json are to be
+                )->None:
+    "Join what was kept of one study in several places, and decide from all of it."
+    found = [kept_results(study.name, part) for part in parts]
+    for part, (_, about) in zip(parts, found):
+        if about["file"] != fingerprint(study.path):
+            raise InputError(f"{part} was made by another {study.path.name}. Run it again.")
+    rows, whose = [row for part, _ in found for row in part], {}
+    for part, (own, _) in zip(parts, found):
+        for seed in {row["seed"] for row in own}:
+            if whose.setdefault(seed, part) != part:
+                raise InputError(f"Seed {seed} is in {whose[seed]} and in {part}. All settings of "
+                                 "a seed must come from one of them: leave the other out.")
+    abouts = [about for _, about in found]
+    _write_kept(study.name, Path(place), rows, dict(
+        abouts[0], named_on=min(about["named_on"] for about in abouts),
+        changed=[change for about in abouts for change in about["changed"]],
+        done=sum(about["done"] for about in abouts),
+        machine="; ".join(dict.fromkeys(about["machine"] for about in abouts)),
+        job_hours=round(sum(about["job_hours"] for about in abouts), 3),
+        decisions=all_decisions(study, _of_means(rows))))
+
+def _of_means(rows:list)->list: # as `decisions_of` takes them
+    "Rows with every prompt at the mean: seeds with prompts of their own are compared by it alone."
+    seeds = {}
+    for row in rows: seeds.setdefault(row["prompt_set"], set()).add(row["seed"])
+    if any(len(found) > 1 for found in seeds.values()):
+        raise InputError("Several seeds were measured on the same prompts: their intervals need "
+                         "the numbers per prompt, which are not kept. Run them in one folder.")
+    return [{k: [v]*row["n_prompts"] if k in TABLE_NUMBERS and v is not None else v
+             for k, v in row.items()} for row in rows]
 
 # %% ../nbs/runs/11_study_results.ipynb #f8cf23fa
 def study_curves(rows:list, # of the table of a study
