@@ -22,9 +22,9 @@ from .study import (TABLE_NUMBERS, Question, Study, all_decisions, arms_of, meas
 
 # %% ../nbs/runs/11_study_results.ipynb #1f17cfc4
 KEPT_COLUMNS = (
-    "seed", "factors", "policy", "method", "strength", "value", "prompts",
-    "prompt_set", "n_prompts", "n_samples", "gold", "gold_gain", "reward", "reward_gain",
-    "kl", "kl_k3", "length", "finished", "distinct_2", "distinct_share", "win", "tie", "lose", "slope",
+    "seed", "factors", "policy", "method", "strength", "value", "prompts", "prompt_set",
+    "n_prompts", "n_samples", "gold", "gold_gain", "reward", "reward_gain", "kl", "kl_k3",
+    "length", "finished", "distinct_2", "distinct_share", "win", "tie", "lose", "slope",
     "pearson", "reward_accuracy")
 
 def keep_results(folder, # of a study that has finished
