@@ -3,6 +3,7 @@ import shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
+from warm_kernel import warm_kernel
 
 from tools.execute import execute
 
@@ -24,8 +25,14 @@ def wheel(tmp_path_factory):
     return out/"site"
 
 
-def run(path, wheel, folder, monkeypatch):
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory):
+    "The name of a Jupyter kernel that has its libraries imported when it starts."
+    with warm_kernel(tmp_path_factory.mktemp("kernel")) as name: yield name
+
+
+def run(path, wheel, folder, monkeypatch, kernel="python3"):
     "Execute a notebook in a folder, with the package that users get."
     monkeypatch.setenv("PYTHONPATH", str(wheel))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    execute(path, folder)
+    execute(path, folder, kernel)

@@ -6,7 +6,7 @@ again. Lessons and foundations are in test_lessons: two halves, for two workers.
 import os, re, shutil, subprocess, sys, venv
 
 import nbformat, pytest
-from notebooks import NOTEBOOKS, ROOT, run, wheel
+from notebooks import NOTEBOOKS, ROOT, kernel, run, wheel
 
 from tools.execute import execute, skipped
 
@@ -26,7 +26,7 @@ def shared(tmp_path_factory): return tmp_path_factory.mktemp("shared")
 
 @pytest.mark.notebook
 @pytest.mark.parametrize("path", HERE, ids=lambda p: p.stem)
-def test_notebook(path, wheel, shared, tmp_path, monkeypatch):
+def test_notebook(path, wheel, kernel, shared, tmp_path, monkeypatch):
     if path.stem in ("00_your_model", "10_lora"):
         if not os.environ.get("VCB_REAL"): pytest.skip("minutes with a real model: make test-real")
         (tmp_path/"runs").mkdir()
@@ -34,7 +34,7 @@ def test_notebook(path, wheel, shared, tmp_path, monkeypatch):
     if path.stem in ("09_study", "12_online") and not os.environ.get("VCB_STUDY"):
         pytest.skip("minutes of training: make test-study")
     if (shared/"lesson").exists(): shutil.copytree(shared/"lesson", tmp_path/"runs"/"lesson")
-    run(path, wheel, tmp_path, monkeypatch)
+    run(path, wheel, tmp_path, monkeypatch, kernel)
     if (tmp_path/"runs"/"lesson").exists():
         shutil.rmtree(shared/"lesson", ignore_errors=True)
         shutil.move(tmp_path/"runs"/"lesson", shared/"lesson")

@@ -11,14 +11,14 @@ from nbclient import NotebookClient
 def skipped(cell)->bool: return cell.cell_type == "code" and "#| eval: false" in cell.source
 
 
-def execute(path, folder=None):
+def execute(path, folder=None, kernel="python3"):
     "The notebook with the outputs that its cells gave in `folder`, its own if not given."
     notebook = nbformat.read(path, 4)
     for cell in filter(skipped, notebook.cells): cell.update(outputs=[], execution_count=None)
     run = nbformat.from_dict({**notebook, "cells": []})
     run.cells = [cell for cell in notebook.cells if not skipped(cell)] # the same cells
     where = {"metadata": {"path": str(folder or Path(path).parent)}}
-    NotebookClient(run, timeout=600, kernel_name="python3", resources=where,
+    NotebookClient(run, timeout=600, kernel_name=kernel, resources=where,
                    record_timing=False).execute()
     return notebook
 
