@@ -7,7 +7,7 @@ from vcb_nb.artifacts import InputError, fingerprint, write_json, write_jsonl
 from vcb_nb.contrasts import gain_at_kl, student_quantile
 from vcb_nb.study import Question, all_decisions, load_study, shipped_studies
 from vcb_nb.study_results import (join_results, keep_results, kept_results, plot_decisions,
-                                  study_curves)
+                                  study_curves, study_opening)
 
 STORED = sorted(path.stem for study in {p.parent for p in shipped_studies().values()}
                 for path in (study/"results").glob("*.json"))
@@ -103,6 +103,17 @@ def test_stored_rows_say_what_the_stored_decisions_say(name):
     primary = [c for c in about["decisions"] if c["family"] == "primary"]
     assert {c["measure"] for c in primary} == {study.question.measure}
     assert {c["baseline"] for c in primary} == {study.question.baseline}
+
+
+def test_the_opening_of_a_study_file_fits_a_page(tmp_path):
+    "The comment at its top, paragraph by paragraph; comments further down are not of it."
+    words = "Which settings matter " * 12
+    (tmp_path/"own.yaml").write_text(f"# {words}\n#\n# Predicted:\n# none.\n{ONE}# an aside\n")
+    first, second = study_opening(load_study(str(tmp_path/"own.yaml"))).split("\n\n")
+    assert first.replace("\n", " ") == words.strip() and max(map(len, first.splitlines())) <= 92
+    assert second == "Predicted: none."
+    said = study_opening(load_study("sensitivity")).replace("\n", " ")
+    assert "Predicted: the number of prompts matters most" in said
 
 
 def test_every_decision_has_its_line_and_a_name():

@@ -8,7 +8,7 @@ Docs: https://vcb-nb.github.io/vcb_nb/runs/study_results.html.md"""
 __all__ = []
 
 # %% ../nbs/runs/11_study_results.ipynb #2ef5b430
-import gzip, json
+import gzip, itertools, json, textwrap
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,13 @@ def kept_results(name:str, # of a study
                          f"{did_you_mean(name, [p.stem for p in folder.glob('*.json')])}")
     lines = gzip.decompress(found.with_suffix(".jsonl.gz").read_bytes()).decode().splitlines()
     return [json.loads(line) for line in lines], read_json(found)
+
+def study_opening(study:Study, width:int=92)->str:
+    "The comment that opens a study's file, in lines that fit a page: its question and predictions."
+    lines = study.path.read_text("utf-8").splitlines()
+    lines = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    parts = "\n".join(line.removeprefix("#").strip() for line in lines).split("\n\n")
+    return "\n\n".join(textwrap.fill(part, width) for part in parts)
 
 # %% ../nbs/runs/11_study_results.ipynb #1c20aaf9
 def join_results(study:Study,
