@@ -1,6 +1,7 @@
 """What the tests of notebooks share: the built wheel, and how a notebook is run with it alone."""
 import shutil, subprocess, sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from warm_kernel import warm_kernel
@@ -26,9 +27,10 @@ def wheel(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def kernel(tmp_path_factory):
+def kernel():
     "The name of a Jupyter kernel that has its libraries imported when it starts."
-    with warm_kernel(tmp_path_factory.mktemp("kernel")) as name: yield name
+    with TemporaryDirectory() as folder: # a short path: that of a socket may have 104 characters
+        with warm_kernel(Path(folder)) as name: yield name
 
 
 def run(path, wheel, folder, monkeypatch, kernel="python3"):
