@@ -69,14 +69,13 @@ def become_kernel(client):
     sys.argv = ["ipykernel_launcher.py", "-f", asked["file"]]
     sys.path[:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     from ipykernel.kernelapp import launch_new_instance
-    launch_new_instance()
+    launch_new_instance(parent_handle=os.getppid())     # ends with that process
 
 
 def start(address, file):
     server = socket.socket(socket.AF_UNIX)
     server.connect(address)
-    environment = {k: v for k, v in os.environ.items() if k != "JPY_PARENT_PID"}
-    asked = dict(file=file, folder=os.getcwd(), environment=environment)
+    asked = dict(file=file, folder=os.getcwd(), environment=dict(os.environ))
     server.sendall(json.dumps(asked).encode() + b"\n")
     kernel = int(server.makefile().readline())
     for number in (signal.SIGINT, signal.SIGTERM):
