@@ -8,7 +8,8 @@ from hypothesis import given, strategies as st
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.contrasts import (chosen_by_other_seeds, contrast, decide, frontier_area, gain_at_kl,
-                              hierarchical_bootstrap, holm, student_cdf, student_quantile)
+                              hierarchical_bootstrap, holm, student_cdf, student_quantile,
+                              t_interval)
 
 
 def first(means): return means[:, 0]
@@ -174,6 +175,20 @@ def test_the_interval_by_hand():
     assert found["bound"] == pytest.approx(.5 + 6.314*found["se"], rel=1e-3)
     assert found["p"] == pytest.approx(2*(1 - student_cdf(.5/found["se"], 1)))
     assert found["p_equivalent"] == pytest.approx(1 - student_cdf(8.5/found["se"], 1))
+
+
+def test_the_interval_of_a_mean_over_seeds():
+    """Two numbers by hand (t = 12.7), and what `contrast` says of kept prompts; without a second
+    seed there is no interval, without a first no mean."""
+    mean, half = t_interval([1., np.nan, 3.])
+    assert mean == 2 and half == pytest.approx(12.706, rel=1e-4)
+    assert t_interval([1., 3.], .9)[1] == pytest.approx(6.314, rel=1e-3)
+    values = np.random.default_rng(0).normal(0, 1, 12)
+    found = contrast([np.full((4, 1), v) for v in values], first, n_boot=40_000)
+    assert t_interval(values) == pytest.approx((found["value"], found["high"] - found["value"]),
+                                               rel=.02)
+    assert t_interval([2., np.nan])[0] == 2 and math.isnan(t_interval([2.])[1])
+    assert np.isnan(t_interval([np.nan])).all()
 
 
 @pytest.mark.parametrize("units, why", [

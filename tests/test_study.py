@@ -82,7 +82,7 @@ def test_cells_run_seed_by_seed_as_many_as_there_are_processes(tmp_path):
 
 
 def test_some_of_the_seeds(tmp_path, capsys):
-    "Only these are planned, and run; the file is not changed by it."
+    "Only these are planned; the study still has all of its seeds."
     study = load(tmp_path, seeds=[5, 3, 8, 9])
     assert seeds_named(study, "3, 8-9") == [3, 8, 9] and study.seeds == [5, 3, 8, 9]
     path = str(study.path)
@@ -253,6 +253,7 @@ def test_a_bad_study_is_one_sentence(name, tmp_path, capsys):
     (["study", "lesson", "--processes", "two"], "whole number"),
     (["study", "lesson", "--cell", "6"], "--cell"),
     (["study", "lesson", "--cell", ""], "--cell is empty"),
+    (["study", "lesson", "--seeds", "1", "--cell", "0"], "Leave --seeds out"),
     (["study", "lesson", "--seeds", "0-2,7"], "lesson.yaml has the seeds 0, 1, 2. Choose among"),
     (["study", "lesson", "--seeds", "2-1"], "Choose among"),
     (["study", "lesson", "--seeds", "first"], "such as 1-10 or 1,2,5")])
@@ -559,6 +560,15 @@ def test_a_stopped_study_ends_its_cells_and_is_finished_piece_by_piece(whole, co
     before = stamps(out), decided(out)
     ended(vcb("study", path, "--processes", 2))
     assert (stamps(out), decided(out)) == before and first.done and second.done
+
+
+@long_study
+def test_other_seeds_are_left_alone(whole, copy):
+    "A study of which seed 0 is done gets a second seed, and is told to run seed 0."
+    path = write(copy, **RUN | {"seeds": [0, 1]})
+    ended(vcb("study", path, "--seeds", "0"))
+    assert not list(copy.glob("out/cells/*seed=1/log.txt"))
+    assert tables(copy/"out") == tables(whole[0]/"out")
 
 
 @long_study

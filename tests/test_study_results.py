@@ -7,7 +7,7 @@ from vcb_nb.artifacts import InputError, fingerprint, write_json, write_jsonl
 from vcb_nb.contrasts import gain_at_kl, student_quantile
 from vcb_nb.study import Question, all_decisions, load_study, shipped_studies
 from vcb_nb.study_results import (join_results, keep_results, kept_results, plot_decisions,
-                                  study_curves, study_opening)
+                                  seed_gains, study_curves, study_opening)
 
 STORED = sorted(path.stem for study in {p.parent for p in shipped_studies().values()}
                 for path in (study/"results").glob("*.json"))
@@ -35,6 +35,15 @@ def test_a_curve_is_the_mean_of_the_seeds_frontiers():
         assert half[at] == pytest.approx(student_quantile(.975, 2)*each.std(ddof=1)/math.sqrt(3))
     (_, (mean, _)), = study_curves(rows, ASKED, [.5], "reward_gain").items()
     assert mean[0] < 0
+
+
+def test_gains_of_all_levels_stand_in_the_same_seeds():
+    "A seed that a level lacks, or whose frontier ends before, is NaN in its place."
+    rows = [*frontier(0, "vcb", [(1, .2)]), *frontier(1, "vcb", [(1, .4)]),
+            *frontier(2, "vcb", [(.5, 9)]), *frontier(1, "dpo", [(1, .3)])]
+    gains = {level: found[:, 0] for (_, level), found in seed_gains(rows, ASKED, [1.]).items()}
+    np.testing.assert_allclose(gains["vcb"], [.2, .4, np.nan])
+    np.testing.assert_allclose(gains["dpo"], [np.nan, .3, np.nan])
 
 
 def test_a_curve_ends_where_over_a_tenth_of_the_seeds_do():
@@ -192,12 +201,33 @@ def test_parts_decide_as_the_whole_does(study, tmp_path):
     assert whole[0]["low"] != pytest.approx(alone["low"], abs=2e-3)
 
 
+def test_a_seed_that_a_part_has_only_begun_comes_from_the_part_that_has_it(study, tmp_path):
+    "A stopped run leaves one cell of two of seed 3; the next machine ran both."
+    def part(name, cells):
+        rows = [dict(policy(seed, method, kl, seed + at, rate=rate), n_prompts=7,
+                     prompt_set=f"set {seed}") for seed, rate in cells
+                for at, method in enumerate(("vcb", "dpo")) for kl in (.5, 1.5)]
+        write_jsonl(tmp_path/name/"apart"/"results.jsonl", [dict(r, slope=len(name)) for r in rows])
+        write_json(tmp_path/name/"apart"/"decisions.json", dict(
+            named_on="2026", file=fingerprint(study.path), changed=[], cells=8, done=len(cells),
+            machine=name, job_hours=1., decisions=[]))
+        keep_results(tmp_path/name/"apart", tmp_path/name)
+        return tmp_path/name
+    parts = [part("first", [(1, "low"), (1, "high"), (3, "low")]),
+             part("other one", [(3, "low"), (3, "high"), (2, "low"), (2, "high")])]
+    for order in (parts, parts[::-1]):
+        join_results(study, order, tmp_path/"joined")
+        rows, about = kept_results("apart", tmp_path/"joined")
+        assert {(r["seed"], r["slope"]) for r in rows} == {(1, 5), (2, 9), (3, 9)}
+        assert len(rows) == 6*4 and about["done"] == 6
+
+
 def test_parts_that_do_not_fit_are_named(study, tmp_path):
     a = kept(study, tmp_path/"a", [1, 2])
     def refused(says, *parts):
         with pytest.raises(InputError, match=says): join_results(study, parts, tmp_path/"joined")
         assert not (tmp_path/"joined").exists()
-    refused("Seed 2 is in .*a.kept and in .*b.kept", a, kept(study, tmp_path/"b", [2, 3]))
+    refused("Seed 2 is in .*a.kept and in .*b.kept, as much", a, kept(study, tmp_path/"b", [2, 3]))
     refused("measured on the same prompts", kept(study, tmp_path/"c", [3, 4], shared=True), a)
     study.path.write_text(ONE + "name: apart\n")
     refused("was made by another apart.yaml", a)

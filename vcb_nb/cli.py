@@ -353,6 +353,8 @@ def _run_study(args:list)->None:
     processes = own.processes and coerce(own.processes, int, "--processes")
     if processes is not None and processes < 1:
         raise InputError("--processes is below 1. Give the number of cells to run at once.")
+    if own.seeds and own.cell:
+        raise InputError("--cell names one cell. Leave --seeds out.")
     seeds = own.seeds and study.seeds_named(asked, own.seeds)
     with _trust(own):
         if own.plan: return _plan_study(asked, processes, seeds or asked.seeds)

@@ -110,6 +110,16 @@ def student_quantile(share:float, # between ½ and 1
         low, high = (middle, high) if student_cdf(middle, df) < share else (low, middle)
     return high
 
+# %% ../nbs/foundations/25_contrasts.ipynb #3b3df62c
+def t_interval(values, # [S] one per seed; NaN where it is missing
+               level:float=.95)->tuple:
+    "Mean over seeds, and the half-width of its interval; NaN where there are too few."
+    there = np.asarray(values, float)
+    there = there[~np.isnan(there)]
+    n = len(there)
+    half = student_quantile((1 + level)/2, n - 1)*there.std(ddof=1)/n**.5 if n > 1 else np.nan
+    return float(there.mean() if n else np.nan), float(half)
+
 # %% ../nbs/foundations/25_contrasts.ipynb #9ef1782e
 def contrast(units, # per seed: [P, k], a row of values per prompt
              statistic, # mean rows [m, k] → [m]; NaN where it is missing

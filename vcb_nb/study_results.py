@@ -15,7 +15,7 @@ import numpy as np
 
 from .artifacts import (InputError, atomic_write, did_you_mean, fingerprint, read_json,
                               write_json)
-from .contrasts import gain_at_kl, student_quantile
+from .contrasts import gain_at_kl, t_interval
 from .plots import method_color, method_label, method_style
 from .study import (TABLE_NUMBERS, Question, Study, all_decisions, arms_of, measure_of,
                           shipped_studies, tuned_arm)
@@ -58,6 +58,7 @@ def kept_results(name:str, # of a study
     lines = gzip.decompress(found.with_suffix(".jsonl.gz").read_bytes()).decode().splitlines()
     return [json.loads(line) for line in lines], read_json(found)
 
+# %% ../nbs/runs/11_study_results.ipynb #110cca84
 def study_opening(study:Study, width:int=92)->str:
     "The comment that opens a study's file, in lines that fit a page: its question and predictions."
     lines = study.path.read_text("utf-8").splitlines()
@@ -75,20 +76,31 @@ def join_results(study:Study,
     for part, (_, about) in zip(parts, found):
         if about["file"] != fingerprint(study.path):
             raise InputError(f"{part} was made by another {study.path.name}. Run it again.")
-    rows, whose = [row for part, _ in found for row in part], {}
-    for part, (own, _) in zip(parts, found):
-        for seed in {row["seed"] for row in own}:
-            if whose.setdefault(seed, part) != part:
-                raise InputError(f"Seed {seed} is in {whose[seed]} and in {part}. All settings of "
-                                 "a seed must come from one of them: leave the other out.")
+    rows = _of_whole_seeds(dict(zip(map(str, parts), (own for own, _ in found))))
     abouts = [about for _, about in found]
     _write_kept(study.name, Path(place), rows, dict(
         abouts[0], named_on=min(about["named_on"] for about in abouts),
         changed=[change for about in abouts for change in about["changed"]],
-        done=sum(about["done"] for about in abouts),
+        done=len({_cell_of(row) for row in rows}),
         machine="; ".join(dict.fromkeys(about["machine"] for about in abouts)),
         job_hours=round(sum(about["job_hours"] for about in abouts), 3),
         decisions=all_decisions(study, _of_means(rows))))
+
+def _cell_of(row:dict)->tuple: return row["seed"], *row["factors"].items()
+
+def _of_whole_seeds(parts:dict)->list: # part → its rows
+    "Each seed's rows from the part that has most of its cells: a stopped run may have begun it."
+    rows, cells = [], {} # cells: seed → part → cells
+    for part, own in parts.items():
+        for row in own:
+            cells.setdefault(row["seed"], {}).setdefault(part, set()).add(_cell_of(row))
+    for seed, owners in sorted(cells.items()):
+        first, *others = sorted(owners, key=lambda part: -len(owners[part]))
+        if others and len(owners[others[0]]) == len(owners[first]):
+            raise InputError(f"Seed {seed} is in {first} and in {others[0]}, as much of it in "
+                             "both. Give one of them.")
+        rows += [row for row in parts[first] if row["seed"] == seed]
+    return rows
 
 def _of_means(rows:list)->list: # as `decisions_of` takes them
     "Rows with every prompt at the mean: seeds with prompts of their own are compared by it alone."
@@ -101,33 +113,33 @@ def _of_means(rows:list)->list: # as `decisions_of` takes them
              for k, v in row.items()} for row in rows]
 
 # %% ../nbs/runs/11_study_results.ipynb #f8cf23fa
-def study_curves(rows:list, # of the table of a study
-                 asked:Question,
-                 kls, # [K] nats, where the frontiers are read
-                 gain:str="gold_gain", # or reward_gain
-                )->dict: # (all else, level) → [2, K]: means, half-widths of 95 % intervals
-    "Gain at each KL, read from each seed's own frontier: NaN where over a tenth end before."
+def seed_gains(rows:list, # of the table of a study
+               asked:Question,
+               kls, # [K] nats, where the frontiers are read
+               gain:str="gold_gain", # or reward_gain
+              )->dict: # (all else, level) → [S, K]: a row per seed of the table, in their order
+    "Gain at each KL, read from each seed's own frontier: NaN where it ends before."
     columns, statistic = measure_of(asked.measure)
     used = {*columns, "kl", gain}
     single = [{k: [v] if k in used else v for k, v in row.items()} for row in rows]
-    grouped = {}
+    grouped, seeds = {}, sorted({row["seed"] for row in rows})
     for (about, level, tuned), arm in arms_of(single, asked).items():
         grouped.setdefault((about, level), {})[tuned] = arm
-    return {key: _mean_curve(tuned_arm(arms, columns, statistic), kls, gain)
-            for key, arms in grouped.items()}
+    def read(policies): # of one seed
+        kl, gains = ([row[c][0] for row in policies] for c in ("kl", gain))
+        return [gain_at_kl(kl, gains, at) for at in kls]
+    arms = {key: tuned_arm(found, columns, statistic) for key, found in grouped.items()}
+    return {key: np.array([read(arm[s]) if s in arm else [np.nan]*len(kls) for s in seeds])
+            for key, arm in arms.items()}
 
-def _mean_curve(arm:dict, kls, gain:str)->np.ndarray: # [2, K]
-    "Mean over seeds, and half-width of its interval, at each KL."
-    read = np.array([[gain_at_kl(*([row[c][0] for row in policies] for c in ("kl", gain)), kl)
-                      for kl in kls] for policies in arm.values()])
-    found = np.full((2, len(kls)), np.nan)
-    for at, values in enumerate(read.T):
-        there = values[~np.isnan(values)]
-        n, every = len(there), len(values)
-        if n >= .9*every: found[0, at] = there.mean()
-        if n >= max(2, .9*every):
-            found[1, at] = student_quantile(.975, n - 1)*there.std(ddof=1)/n**.5
-    return found
+def study_curves(rows:list, asked:Question, kls, gain:str="gold_gain", # as for `seed_gains`
+                )->dict: # (all else, level) → [2, K]: means, half-widths of 95 % intervals
+    "Mean gain over seeds at each KL: NaN where over a tenth of the seeds have none."
+    def curve(gains):
+        most = (~np.isnan(gains)).mean(0) >= .9
+        found = np.array([t_interval(values) for values in gains.T]).T
+        return np.where(most, found, np.nan)
+    return {key: curve(gains) for key, gains in seed_gains(rows, asked, kls, gain).items()}
 
 # %% ../nbs/runs/11_study_results.ipynb #4962b864
 def plot_curves(ax, kls, curves:dict, # level → [2, K] of `study_curves`
