@@ -455,7 +455,11 @@ def test_the_table_has_a_row_per_cell_policy_and_prompts(whole):
         assert r["n_prompts"] == {"test": 8, "ood": 4}[r["prompts"]]
         trained = read_manifest(out/"cells"/r["cell"]/"reward")["summary"]
         assert r["reward_accuracy"] == trained["accuracy"]
-        if r["policy"] != "sft": assert r["win"] + r["tie"] + r["lose"] == pytest.approx(1)
+        if r["policy"] == "sft": continue
+        assert r["win"] + r["tie"] + r["lose"] == pytest.approx(1)
+        assert r["judge"] == "gold" and r["gold_win"] == r["win"]
+        games = summary["comparisons"][r["prompts"]]["reward"]
+        assert r["reward_win"] == games[r["policy"]]["sft"]["win"]
     assert {r["factors"]["calibrate.learning_rate"] for r in rows} == {"0.001", "0.005"}
     assert {r["value"] for r in rows if r["method"] == "vcb"} == {1, .3}
 

@@ -7,7 +7,7 @@ from vcb_nb.artifacts import InputError, fingerprint, write_json, write_jsonl
 from vcb_nb.contrasts import gain_at_kl, student_quantile
 from vcb_nb.study import Question, all_decisions, load_study, shipped_studies
 from vcb_nb.study_results import (join_results, keep_results, kept_results, plot_decisions,
-                                  seed_gains, study_curves, study_opening)
+                                  seed_gains, study_curves, study_opening, tuned_policies)
 
 STORED = sorted(path.stem for study in {p.parent for p in shipped_studies().values()}
                 for path in (study/"results").glob("*.json"))
@@ -72,6 +72,10 @@ def test_settings_stand_apart_and_a_tuned_one_is_chosen_by_the_other_seeds():
     assert set(curves) == {((("size", "s"),), "vcb"), ((("size", "m"),), "vcb")}
     assert curves[(("size", "s"),), "vcb"][0, 0] == pytest.approx(np.mean([.1, .2, .2]))
     assert curves[(("size", "m"),), "vcb"][0, 0] == 5
+    found = tuned_policies(rows, asked)[(("size", "s"),), "vcb"]
+    assert all(row in rows for own in found.values() for row in own) # as in the table
+    rates = {seed: row["factors"]["rate"] for seed, (row,) in found.items()}
+    assert rates == {0: "high", 1: "low", 2: "low"}
 
 
 def test_what_is_kept_comes_back(tmp_path):

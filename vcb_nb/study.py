@@ -534,10 +534,11 @@ def _means(measured:dict)->dict:
     return dict(n_prompts=measured["prompts"], n_samples=measured["samples"], **found)
 
 def _wins(games:dict, name:str)->dict:
-    "Wins against SFT by the first judge."
-    judge = next(iter(games), None)
-    won = games.get(judge, {}).get(name, {}).get("sft", {})
-    return {"judge": judge, **{k: won.get(k) for k in ("win", "tie", "lose")}}
+    "Wins, ties and losses against SFT by the first judge, and the wins by each."
+    found = {judge: own.get(name, {}).get("sft", {}) for judge, own in games.items()}
+    judge = next(iter(found), None)
+    return {"judge": judge, **{k: found.get(judge, {}).get(k) for k in ("win", "tie", "lose")},
+            **{f"{judge}_win": own.get("win") for judge, own in found.items()}}
 
 def _fit(policy:dict)->dict:
     found = policy.get("calibration") or {}

@@ -24,8 +24,8 @@ from .study import (TABLE_NUMBERS, Question, Study, all_decisions, arms_of, meas
 KEPT_COLUMNS = (
     "seed", "factors", "policy", "method", "strength", "value", "prompts", "prompt_set",
     "n_prompts", "n_samples", "gold", "gold_gain", "reward", "reward_gain", "kl", "kl_k3",
-    "length", "finished", "distinct_2", "distinct_share", "win", "tie", "lose", "slope",
-    "pearson", "reward_accuracy")
+    "length", "finished", "distinct_2", "distinct_share", "win", "tie", "lose", "gold_win",
+    "reward_win", "slope", "pearson", "reward_accuracy")
 
 def keep_results(folder, # of a study that has finished
                  place, # where NAME.jsonl.gz and NAME.json are to be
@@ -113,24 +113,31 @@ def _of_means(rows:list)->list: # as `decisions_of` takes them
              for k, v in row.items()} for row in rows]
 
 # %% ../nbs/runs/11_study_results.ipynb #f8cf23fa
+def tuned_policies(rows:list, # of the table of a study
+                   asked:Question)->dict: # (all else, level) → seed → rows, as in the table
+    "Each level's policies, where a setting is tuned at the one that is best on the other seeds."
+    columns, statistic = measure_of(asked.measure)
+    single = [{**{k: [v] if k in columns else v for k, v in row.items()}, "kept": row}
+              for row in rows]
+    grouped = {}
+    for (about, level, tuned), arm in arms_of(single, asked).items():
+        grouped.setdefault((about, level), {})[tuned] = arm
+    arms = {key: tuned_arm(found, columns, statistic) for key, found in grouped.items()}
+    return {key: {seed: [row["kept"] for row in found] for seed, found in arm.items()}
+            for key, arm in arms.items()}
+
 def seed_gains(rows:list, # of the table of a study
                asked:Question,
                kls, # [K] nats, where the frontiers are read
                gain:str="gold_gain", # or reward_gain
               )->dict: # (all else, level) → [S, K]: a row per seed of the table, in their order
     "Gain at each KL, read from each seed's own frontier: NaN where it ends before."
-    columns, statistic = measure_of(asked.measure)
-    used = {*columns, "kl", gain}
-    single = [{k: [v] if k in used else v for k, v in row.items()} for row in rows]
-    grouped, seeds = {}, sorted({row["seed"] for row in rows})
-    for (about, level, tuned), arm in arms_of(single, asked).items():
-        grouped.setdefault((about, level), {})[tuned] = arm
+    seeds = sorted({row["seed"] for row in rows})
     def read(policies): # of one seed
-        kl, gains = ([row[c][0] for row in policies] for c in ("kl", gain))
+        kl, gains = ([row[c] for row in policies] for c in ("kl", gain))
         return [gain_at_kl(kl, gains, at) for at in kls]
-    arms = {key: tuned_arm(found, columns, statistic) for key, found in grouped.items()}
     return {key: np.array([read(arm[s]) if s in arm else [np.nan]*len(kls) for s in seeds])
-            for key, arm in arms.items()}
+            for key, arm in tuned_policies(rows, asked).items()}
 
 def study_curves(rows:list, asked:Question, kls, gain:str="gold_gain", # as for `seed_gains`
                 )->dict: # (all else, level) → [2, K]: means, half-widths of 95 % intervals
