@@ -27,9 +27,10 @@ def serve():
         print(said, flush=True)
 
 
-def child(args, log, file_limit=None, cwd=None):
+def child(args, log, file_limit=None, cwd=None, env=None):
     "Be `vcb ARGS` in a session of its own, so that a kill takes all its processes."
     os.setsid()
+    os.environ.update(env or {}) # libraries have read theirs: those are for `Machine`
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for fd in (1, 2): os.dup2(out, fd)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -46,9 +47,11 @@ def child(args, log, file_limit=None, cwd=None):
 
 class Machine:
     "Calls of `vcb` that can be watched, killed and waited for."
+    def __init__(self, env=None): self.env = env or {}
+
     def __enter__(self):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-               "PYTHONPATH": os.pathsep.join([str(RECIPE.parents[1]), *sys.path])}
+               "PYTHONPATH": os.pathsep.join([str(RECIPE.parents[1]), *sys.path]), **self.env}
         command = [sys.executable, "-W", "ignore", __file__, "serve"]
         self.server = subprocess.Popen(command, text=True, env=env, stdin=subprocess.PIPE,
                                        stdout=subprocess.PIPE)

@@ -7,6 +7,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import hub
+from faults import Machine
 from tiny_models import make_tokenizer, tiny
 from vcb_nb.artifacts import InputError, read_json, read_manifest, write_jsonl
 from vcb_nb.cards import RESULTS, model_card, origins, push_to_hub
@@ -53,25 +54,37 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory, server):
+def folder(tmp_path_factory): return tmp_path_factory.mktemp("work")
+
+
+def online(server, folder):
+    return {**hub.online(server, folder/"cache"), "HF_HUB_DISABLE_XET": "1"}
+
+
+@pytest.fixture(scope="module")
+def vcb(server, folder):
+    "A function that calls `vcb` in the folder, with this hub: its exit status and output."
+    with Machine(online(server, folder)) as machine:
+        def call(*words, token="write"):
+            return machine.vcb(*words, cwd=str(folder), env={"HF_TOKEN": token})
+        yield call
+
+
+@pytest.fixture(scope="module")
+def work(vcb, folder):
     "A folder in which the recipe has run from the names on the Hub."
-    work = tmp_path_factory.mktemp("work")
-    (work/"own.yaml").write_text(RECIPE)
-    (work/"rewards.py").write_text(REWARD)
-    write_jsonl(work/"test.jsonl", [{"prompt": f"What is {i}?"} for i in range(4)])
-    done = call(server, work, "-m", "vcb_nb", "run", "own.yaml")
-    assert not done.returncode, done.stderr
-    return work
+    (folder/"own.yaml").write_text(RECIPE)
+    (folder/"rewards.py").write_text(REWARD)
+    write_jsonl(folder/"test.jsonl", [{"prompt": f"What is {i}?"} for i in range(4)])
+    status, said = vcb("run", "own.yaml")
+    assert not status, said
+    return folder
 
 
-def call(server, work, *words, **env):
-    env = {**hub.online(server, work/"cache"), "HF_HUB_DISABLE_XET": "1", **env}
-    return subprocess.run([sys.executable, *map(str, words)], env=env, cwd=work, text=True,
-                          capture_output=True)
-
-
-def push(server, work, *words, token="write"):
-    return call(server, work, "-m", "vcb_nb", "push", *words, HF_TOKEN=token)
+def python(server, work, *words, **env):
+    "A process of its own, for what is read when a library is imported."
+    return subprocess.run([sys.executable, *map(str, words)], env={**online(server, work), **env},
+                          cwd=work, text=True, capture_output=True)
 
 
 def calibrated(work, kind="model", name="vcb"): return work/"runs"/"own"/"calibrate"/name/kind
@@ -167,12 +180,11 @@ def test_a_card_names_no_path_of_this_machine(work, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["model", "adapter"])
-def test_what_is_pushed_loads_by_its_card(work, server, kind):
+def test_what_is_pushed_loads_by_its_card(work, server, vcb, kind):
     "One commit to a private repository; the code in its card gives the same logits."
     repo = f"me/{kind}"
-    done = push(server, work, calibrated(work, kind), repo)
-    assert not done.returncode, done.stderr
-    assert done.stdout.strip().endswith(hub.COMMIT)
+    status, said = vcb("push", calibrated(work, kind), repo)
+    assert not status and said.strip().endswith(hub.COMMIT), said
     assert server.private[repo] is True
     branch, title, files = server.committed[-1]
     assert branch == "main" and title == "VCB γ=1, by vcb-nb"
@@ -184,7 +196,7 @@ def test_what_is_pushed_loads_by_its_card(work, server, kind):
     code = re.search(r"```python\n(.*?)```", (sent/"README.md").read_text(), re.S)[1]
     (work/"load.py").write_text(code + "import torch\n"
                                 "print(model(torch.arange(5)[None]).logits.flatten().tolist())")
-    loaded = call(server, work, "load.py", HF_TOKEN="read")
+    loaded = python(server, work, "load.py", HF_TOKEN="read")
     assert not loaded.returncode, loaded.stderr
     with torch.no_grad():
         local = AutoModelForCausalLM.from_pretrained(calibrated(work))(torch.arange(5)[None]).logits
@@ -194,28 +206,28 @@ def test_what_is_pushed_loads_by_its_card(work, server, kind):
 
 def test_a_repository_is_private_by_default(work, server):
     code = "import sys; from vcb_nb.cards import push_to_hub; push_to_hub(*sys.argv[1:])"
-    done = call(server, work, "-c", code, calibrated(work), "me/default", HF_TOKEN="write")
+    done = python(server, work, "-c", code, calibrated(work), "me/default", HF_TOKEN="write")
     assert not done.returncode and server.private["me/default"] is True, done.stderr
 
 
-def test_a_second_push_is_another_commit(work, server):
-    assert not push(server, work, calibrated(work), "me/again", "--public").returncode
+def test_a_second_push_is_another_commit(work, server, vcb):
+    assert not vcb("push", calibrated(work), "me/again", "--public")[0]
     assert server.private["me/again"] is False
-    done = push(server, work, calibrated(work), "me/again", "--revision", "half")
-    assert not done.returncode and server.committed[-1][0] == "half"
+    assert not vcb("push", calibrated(work), "me/again", "--revision", "half")[0]
+    assert server.committed[-1][0] == "half"
 
 
 @pytest.mark.parametrize("token, said", [("", "Log in with hf auth login"),
                                          ("read", "the token may not write there")])
-def test_the_hub_refuses(work, server, token, said):
-    done = push(server, work, calibrated(work), "me/refused", token=token)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+def test_the_hub_refuses(work, server, vcb, token, said):
+    status, answer = vcb("push", calibrated(work), "me/refused", token=token)
+    assert status == 2 and said in answer and "Traceback" not in answer
     assert not (server.root/"models"/"me"/"refused").exists()
 
 
 def test_no_network(work, server):
-    done = call(server, work, "-m", "vcb_nb", "push", calibrated(work), "me/x",
-                HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN="write")
+    done = python(server, work, "-m", "vcb_nb", "push", calibrated(work), "me/x",
+                  HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN="write")
     assert done.returncode == 2 and "the Hub could not be reached" in done.stderr
 
 
@@ -241,12 +253,12 @@ def test_a_pinned_name_is_not_looked_up(server):
     assert find_commit("ann/gone@main") is None
 
 
-def test_a_plan_says_what_a_name_stands_for(work, server):
-    done = call(server, work, "-m", "vcb_nb", "run", "own.yaml", "--plan", "--output_dir", "new",
-                f"--sample.prompts=ann/questions@{hub.COMMIT}#train")
-    lines = done.stdout.partition("On the Hub:\n")[2].splitlines()
+def test_a_plan_says_what_a_name_stands_for(work, server, vcb):
+    said = vcb("run", "own.yaml", "--plan", "--output_dir", "new",
+               f"--sample.prompts=ann/questions@{hub.COMMIT}#train")[1]
+    lines = said.partition("On the Hub:\n")[2].splitlines()
     assert f"  ann/tiny: now {hub.COMMIT[:12]}; write ann/tiny@{hub.COMMIT} to pin it" in lines
     assert f"  ann/questions@{hub.COMMIT}#train: {hub.COMMIT[:12]}" in lines
-    offline = call(server, work, "-m", "vcb_nb", "run", "own.yaml", "--plan", HF_HUB_OFFLINE="1",
-                   HF_DATASETS_OFFLINE="1")
+    offline = python(server, work, "-m", "vcb_nb", "run", "own.yaml", "--plan", HF_HUB_OFFLINE="1",
+                     HF_DATASETS_OFFLINE="1")
     assert f"ann/tiny: now {hub.COMMIT[:12]}" in offline.stdout # as the cache has it
