@@ -2,6 +2,7 @@
 benchmarks, memory to the allocator's own record, rows and lengths to what stages really read."""
 import gc, json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from benchmarks.common import Settings, make_world
 from benchmarks.flops import needed_flops, trunk_weights
 from benchmarks.step import step_call
 from vcb_nb.adapters import add_lora
+import vcb_nb.budget
 from vcb_nb.artifacts import InputError
 from vcb_nb.budget import (DEVICES, Lengths, Peek, WORK, Work, budget_text, changes,
                            find_device, job_flops, model_shape, recipe_budget,
@@ -144,6 +146,25 @@ def test_time_is_of_products_and_of_the_memory():
     assert one == pytest.approx(8 * eight)
     drawn = Work("sample", 1, 512, 1, 256, (512, 256), dtype="bfloat16")
     assert work_seconds(shape, drawn, find_device("h100")) > 256 * 2 * shape.weights / 3350e9
+
+
+# --- measured here ----------------------------------------------------------------------------
+
+def test_a_slow_product_is_measured_by_fewer_rows(monkeypatch):
+    """bf16 on a processor without it: ten seconds must not become ten minutes, and the rate is that
+    of the product. The clock is the test's: a row takes ten milliseconds, all of them a minute."""
+    clock, multiply, sizes = [0.], torch.mm, []
+    def slow(left, right, out):
+        clock[0] += .01 * len(left)
+        sizes.append(len(left))
+        return multiply(left, right, out=out)
+    monkeypatch.setattr(torch, "mm", slow)
+    monkeypatch.setattr(vcb_nb.budget, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    rate = vcb_nb.budget._product_rate(6000, 8, 4, torch.float32, 2.5)
+    assert rate == pytest.approx(2 * 8 * 4 / .01) and clock[0] < 6
+    sizes.clear()
+    vcb_nb.budget._product_rate(40, 8, 4, torch.float32, 2.5)
+    assert sizes[-1] == 40 # small enough as it is
 
 
 # --- recipes ----------------------------------------------------------------------------------

@@ -341,13 +341,20 @@ def work_seconds(shape:Shape, work:Work, device:Device)->float:
 
 # %% ../nbs/runs/07_budget.ipynb #96eab434
 def _product_rate(rows:int, inner:int, columns:int, kind, seconds:float)->float: # FLOP/s
-    "The median rate of a matrix product."
+    "The median rate of a matrix product: of fewer rows where all of them would take too long."
     left, right = torch.randn(rows, inner).to(kind), torch.randn(inner, columns).to(kind)
-    out, rates, end = left @ right, [], time.perf_counter() + seconds # no new memory each time
-    while time.perf_counter() < end or len(rates) < 3:
+    out = torch.empty(rows, columns, dtype=kind) # no new memory each time
+    def took(rows):
         start = time.perf_counter()
-        torch.mm(left, right, out=out)
-        rates.append(2 * rows * inner * columns / (time.perf_counter() - start))
+        torch.mm(left[:rows], right, out=out[:rows])
+        return time.perf_counter() - start
+    few = min(rows, 32)
+    slow = max(min(took(few) for _ in range(2)), 1e-9) / few
+    rows = min(rows, max(few, int(seconds / 4 / slow)))
+    took(rows) # warms up
+    rates, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(rates) < 3:
+        rates.append(2 * rows * inner * columns / took(rows))
     return sorted(rates)[len(rates) // 2]
 
 def measure_here(shape:Shape, work:Work, seconds:float=10.)->Device:
