@@ -1,9 +1,10 @@
 """What the tests of notebooks share: the built wheel, and how a notebook is run with it alone."""
-import shutil, subprocess, sys
+import os, shutil, subprocess, sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from filelock import FileLock
 from warm_kernel import warm_kernel
 
 from tools.execute import execute
@@ -14,16 +15,25 @@ NOTEBOOKS = [ROOT/"nbs"/"index.ipynb", *sorted((ROOT/"nbs").glob("[!.]*/[!.]*.ip
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
-    "The built wheel, unpacked by pip into a folder of its own."
-    out = tmp_path_factory.mktemp("wheel")
+    "The built wheel, unpacked by pip into a folder of its own: once for all workers."
+    out = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ: out = out.parent
+    with FileLock(out/"wheel.lock"):
+        if not (out/"wheel").exists(): build_wheel(out/"wheel")
+    return out/"wheel"/"site"
+
+
+def build_wheel(out):
+    "The wheel in a folder, and its content in `site` below it; nothing where it fails."
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    source = out/"source"
+    part, source = out.with_suffix(".part"), out.with_suffix(".source")
+    for folder in (part, source): shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(
         ".git", ".venv", "runs", "build", "dist", "*.egg-info"))
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", out, source], check=True)
-    subprocess.run([*pip, "install", "--no-deps", "--target", out/"site", *out.glob("*.whl")],
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", part, source], check=True)
+    subprocess.run([*pip, "install", "--no-deps", "--target", part/"site", *part.glob("*.whl")],
                    check=True)
-    return out/"site"
+    part.rename(out)
 
 
 @pytest.fixture(scope="session")
