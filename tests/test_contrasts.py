@@ -8,8 +8,8 @@ from hypothesis import given, strategies as st
 
 from vcb_nb.artifacts import InputError
 from vcb_nb.contrasts import (chosen_by_other_seeds, contrast, decide, frontier_area, gain_at_kl,
-                              hierarchical_bootstrap, holm, student_cdf, student_quantile,
-                              t_interval)
+                              hierarchical_bootstrap, holm, mean_text, student_cdf,
+                              student_quantile, t_interval)
 
 
 def first(means): return means[:, 0]
@@ -189,6 +189,7 @@ def test_the_interval_of_a_mean_over_seeds():
                                                rel=.02)
     assert t_interval([2., np.nan])[0] == 2 and math.isnan(t_interval([2.])[1])
     assert np.isnan(t_interval([np.nan])).all()
+    assert mean_text([1., np.nan, 3.], "+.1f") == "+2.0 ± 12.7" and mean_text([2.]) == "2.00 ± nan"
 
 
 @pytest.mark.parametrize("units, why", [

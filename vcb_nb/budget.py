@@ -349,7 +349,7 @@ def _product_rate(rows:int, inner:int, columns:int, kind, seconds:float)->float:
         torch.mm(left[:rows], right, out=out[:rows])
         return time.perf_counter() - start
     few = min(rows, 32)
-    slow = max(min(took(few) for _ in range(2)), 1e-9) / few
+    slow = min(took(few) for _ in range(2)) / few
     rows = min(rows, max(few, int(seconds / 4 / slow)))
     took(rows) # warms up
     rates, end = [], time.perf_counter() + seconds

@@ -120,6 +120,14 @@ def t_interval(values, # [S] one per seed; NaN where it is missing
     half = student_quantile((1 + level)/2, n - 1)*there.std(ddof=1)/n**.5 if n > 1 else np.nan
     return float(there.mean() if n else np.nan), float(half)
 
+def mean_text(values, # [S] one per seed; NaN where it is missing
+              format:str=".2f", # of the mean, as in an f-string
+             )->str: # '0.52 ± 0.07'
+    "Mean over seeds and the half-width of its 95 % interval, as text."
+    mean, half = t_interval(values)
+    return f"{mean:{format}} ± {half:{format.lstrip('+')}}"
+
+
 # %% ../nbs/foundations/25_contrasts.ipynb #9ef1782e
 def contrast(units, # per seed: [P, k], a row of values per prompt
              statistic, # mean rows [m, k] → [m]; NaN where it is missing
