@@ -453,8 +453,11 @@ def test_the_table_has_a_row_per_cell_policy_and_prompts(whole):
         for name in ("gold", "gold_gain", "reward", "kl", "length"):
             assert r[name] == own[name]["value"]
         assert r["n_prompts"] == {"test": 8, "ood": 4}[r["prompts"]]
-        trained = read_manifest(out/"cells"/r["cell"]/"reward")["summary"]
-        assert r["reward_accuracy"] == trained["accuracy"]
+        of = {job: read_manifest(out/"cells"/r["cell"]/job)["summary"]
+              for job in ("sft", "reward", "score")}
+        assert r["reward_accuracy"] == of["reward"]["accuracy"]
+        assert r["sft_loss"] == of["sft"]["eval_loss"] > 0
+        assert r["reward_std"] == of["score"]["reward_std"] > 0
         if r["policy"] == "sft": continue
         assert r["win"] + r["tie"] + r["lose"] == pytest.approx(1)
         assert r["judge"] == "gold" and r["gold_win"] == r["win"]

@@ -514,13 +514,17 @@ def cell_rows(study:Study, cell:Cell)->list: # of (row of the table, numbers per
             own = _with_gains(numbers[split]["policies"], name)
             games = summary["comparisons"].get(split, {})
             found.append(({**about, **_means(measured), **_wins(games, name), **_fit(policy),
-                           "reward_accuracy": _accuracy(cell)}, {**about, **own}))
+                           **_before(cell)}, {**about, **own}))
     return found
 
-def _accuracy(cell)->float | None: # None: no reward model was trained
-    "The share of held-out pairs that the cell's reward model orders as the labels do."
-    home = cell.homes.get("reward")
-    return read_manifest(home)["summary"].get("accuracy") if home else None
+BEFORE = {"sft_loss": ("sft", "eval_loss"), "reward_accuracy": ("reward", "accuracy"),
+          "reward_std": ("score", "reward_std")} # column → where it is measured
+
+def _before(cell)->dict: # None: there was no such job
+    "What calibration began with: held-out nats per token and share of pairs, mean σ(x)."
+    found = {job: read_manifest(cell.homes[job])["summary"] for job, _ in BEFORE.values()
+             if job in cell.homes}
+    return {column: found.get(job, {}).get(name) for column, (job, name) in BEFORE.items()}
 
 def _with_gains(numbers:dict, name:str)->dict: # column → [prompts]
     "A policy's numbers, and its gain over SFT on each prompt."
