@@ -265,7 +265,18 @@ def test_a_setting_is_chosen_by_the_other_seeds():
     scores = [[0., 9.], [1., 0.], [1., 0.], [1., .9]]
     assert chosen_by_other_seeds(scores).tolist() == [0, 1, 1, 1]
     assert chosen_by_other_seeds([[1., 2.]]).tolist() == [0]
-    assert chosen_by_other_seeds([[np.nan, 1.], [2., 1.], [2., np.nan]]).tolist() == [0, 0, 0]
+    assert chosen_by_other_seeds([[np.nan, 1.], [2., 1.], [2., np.nan]]).tolist() == [0, 0, 1]
+
+
+def test_a_setting_that_few_seeds_reach_is_not_chosen():
+    "Its mean is that of other seeds. One in ten may be missing; of settings with few, most count."
+    always = np.full(20, .5)
+    def chosen(missing, *others):
+        rare = np.where(np.arange(20) < missing, np.nan, .9)
+        return set(chosen_by_other_seeds(np.stack([always, rare, *others], 1)[:, bool(others):]))
+    assert chosen(0) == chosen(1) == {1} and chosen(3) == chosen(19) == chosen(20) == {0}
+    rarer = np.where(np.arange(20) < 12, np.nan, 5.)
+    assert chosen(10, rarer) == {0} and chosen(14, rarer) == {1}
 
 
 def test_the_choice_has_no_winners_curse():

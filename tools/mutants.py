@@ -770,6 +770,8 @@ MUTANTS = [Mutant(*row) for row in [
     ("contrasts: an area in √KL", "contrasts",
      "return ((x1 - x0)*(x0*y0 + (x0 + x1)*(y0 + y1) + x1*y1)).sum(-1)/3",
      "return ((x1 - x0)*(y0 + y1)).sum(-1)/2", "test_contrasts.py -k area"),
+    ("contrasts: a setting of few seeds is chosen", "contrasts",
+     "where=(n > 0) & (n >= needed)", "where=n > 0", "test_contrasts.py -k few_seeds_reach"),
     ("contrasts: normal quantiles for few seeds", "contrasts",
      "half, one_sided = (student_quantile(share, df)*se",
      "half, one_sided = (student_quantile(share, 1000)*se", "test_contrasts.py -k by_hand"),

@@ -198,10 +198,13 @@ def _verdict(c:dict, alpha:float)->str:
 # %% ../nbs/foundations/25_contrasts.ipynb #8f871d87
 def chosen_by_other_seeds(scores, # [S, settings] of one method; NaN where missing
                          )->np.ndarray: # [S] numbers of settings
-    "For each seed the setting with the best mean over all other seeds; with one seed, the first."
+    """For each seed the setting with the best mean over all other seeds; with one seed, the first.
+
+    A setting counts if nine in ten of the other seeds have a value; else those with the most do."""
     scores = np.asarray(scores, float)
     there = ~np.isnan(scores)
     sums, counts = np.where(there, scores, 0).sum(0), there.sum(0)
     others, n = sums - np.where(there, scores, 0), counts - there
-    means = np.divide(others, n, out=np.full(scores.shape, -np.inf), where=n > 0)
+    needed = np.minimum(.9 * (len(scores) - 1), n.max(1, keepdims=True))
+    means = np.divide(others, n, out=np.full(scores.shape, -np.inf), where=(n > 0) & (n >= needed))
     return means.argmax(1)
