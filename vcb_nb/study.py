@@ -505,7 +505,7 @@ def cell_rows(study:Study, cell:Cell)->list: # of (row of the table, numbers per
     home = cell.homes["evaluate"]
     if not is_done(home): return []
     summary, numbers = (read_json(home/name) for name in ("summary.json", PER_PROMPT))
-    found = []
+    before, found = _before(cell), []
     for name, policy in summary["policies"].items():
         for split, measured in policy["splits"].items():
             about = dict(study=study.name, cell=cell.name, seed=cell.seed, factors=cell.factors,
@@ -514,7 +514,7 @@ def cell_rows(study:Study, cell:Cell)->list: # of (row of the table, numbers per
             own = _with_gains(numbers[split]["policies"], name)
             games = summary["comparisons"].get(split, {})
             found.append(({**about, **_means(measured), **_wins(games, name), **_fit(policy),
-                           **_before(cell)}, {**about, **own}))
+                           **before}, {**about, **own}))
     return found
 
 BEFORE = {"sft_loss": ("sft", "eval_loss"), "reward_accuracy": ("reward", "accuracy"),

@@ -25,8 +25,7 @@ KEPT_COLUMNS = (
     "seed", "factors", "policy", "method", "strength", "value", "prompts", "prompt_set",
     "n_prompts", "n_samples", "gold", "gold_gain", "reward", "reward_gain", "kl", "kl_k3",
     "length", "finished", "distinct_2", "distinct_share", "win", "tie", "lose", "gold_win",
-    "reward_win", "slope", "pearson", "sft_loss", "reward_accuracy",
-    "reward_std")
+    "reward_win", "slope", "pearson", "sft_loss", "reward_accuracy", "reward_std")
 
 def keep_results(folder, # of a study that has finished
                  place, # where NAME.jsonl.gz and NAME.json are to be
