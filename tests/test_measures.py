@@ -86,6 +86,23 @@ def test_win_tie_lose_is_brute_force():
     np.testing.assert_allclose(win_tie_lose(a, b), win_tie_lose(b, a)[:, ::-1])
 
 
+@pytest.mark.parametrize("coupled", [False, True])
+def test_wins_of_rows_of_any_lengths(coupled):
+    "Prompt by prompt as if it were alone; a prompt's only pair counts even if it is coupled."
+    rng = np.random.default_rng(0)
+    sizes = [(3, 3), (1, 1), (4, 2), (2, 5), (1, 3), (3, 1)]
+    a, b = ([rng.integers(0, 4, size=size).astype(float) for size in own] for own in zip(*sizes))
+    expected = []
+    for x, y in zip(a, b):
+        pairs = [(p, q) for (i, p), (j, q) in itertools.product(enumerate(x), enumerate(y))
+                 if i != j or not coupled or len(x)*len(y) == 1]
+        expected.append([sum(s(p, q) for p, q in pairs)/len(pairs)
+                         for s in (float.__gt__, float.__eq__, float.__lt__)])
+    assert win_tie_lose(a, b, coupled=coupled).tolist() == expected
+    assert win_tie_lose([], []).shape == (0, 3)
+    with pytest.raises(ValueError, match="6 prompts meet 1"): win_tie_lose(a, b[:1])
+
+
 def test_tolerance_decides_ties():
     assert win_tie_lose([[1.0], [2.0]], [[1.0 + 1e-7], [2.0]]).tolist() == [[0, 1, 0]] * 2
     for level, scale in ((0, 1), (1e6, 1), (0, 1e-9)): # relative to the spread, at any level
@@ -237,6 +254,18 @@ def test_bootstrap_covers_the_truth_and_widens_for_shared_prompts():
         low, high = bootstrap_interval(grouped(values, *groups), grouped_mean)
         return high - low
     assert width(groups) > 2 * width()
+
+
+@pytest.mark.parametrize("prompts, n_boot", [(50, 400), (3000, 1500)], ids=["kept", "in blocks"])
+def test_an_interval_is_that_of_its_resamples(prompts, n_boot):
+    "Each mean is that of prompts drawn with replacement, the first time and every other time."
+    units = np.random.default_rng(3).normal(size=(prompts, 2))
+    rng, even = np.random.default_rng(5), np.full(prompts, 1/prompts)
+    means = np.array([rng.multinomial(prompts, even) @ units/prompts for _ in range(n_boot)])
+    expected = np.quantile(means[:, 0] - means[:, 1], [.025, .975])
+    for sign in (1, -1, 1):
+        found = bootstrap_interval(sign*units, lambda m: m[:, 0] - m[:, 1], n_boot, seed=5)
+        np.testing.assert_allclose(sorted(sign*np.array(found)), expected, rtol=1e-12)
 
 
 def test_wilson_interval_is_the_root_of_its_equation():

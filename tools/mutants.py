@@ -593,7 +593,7 @@ MUTANTS = [Mutant(*row) for row in [
     ("a pooled σ without weights", "measures",
      "(freedom * sigma.double()**2).sum().item() / max(freedom.sum().item(), 1)",
      "(sigma.double()**2).mean().item()", "test_measures.py -k prompts_own", 24),
-    ("samples of one random number meet", "measures", "if coupled and gaps.size > 1:", "if False:",
+    ("samples of one random number meet", "measures", "if coupled:", "if False:",
      "test_measures.py -k common_random", 0),
     ("a judge known by its name", "judges", "return fingerprint(source_key(source))[:12]",
      "return fingerprint(source)[:12]", "test_evaluate.py -k changed_judge", 11),

@@ -10,6 +10,7 @@ __all__ = ['bootstrap_interval', 'estimate', 'estimate_text', 'kl_estimates', 'w
 
 # %% ../nbs/foundations/17_measures.ipynb #f8e7ffc9
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -28,11 +29,8 @@ def bootstrap_interval(units, # [P] or [P, k]: one row of values per prompt
     "Percentile bootstrap interval; whole prompts are drawn, never single samples."
     units = np.asarray(units, dtype=float).reshape(len(units), -1)
     if len(units) < 2: return None, None # one prompt says nothing of how prompts differ
-    prompts, rng = len(units), np.random.default_rng(seed)
-    size = max(1, 2**22//prompts)  # bounds memory: counts are [size, prompts]
-    sizes = [min(size, n_boot - start) for start in range(0, n_boot, size)]
-    even = np.full(prompts, 1/prompts)
-    means = np.concatenate([rng.multinomial(prompts, even, b) @ units/prompts for b in sizes])
+    means = np.concatenate([counts @ units/len(units)
+                            for counts in _resamples(len(units), n_boot, seed)])
     values = means[:, 0] if statistic is None else statistic(means)
     low, high = np.nanquantile(values, [(1 - level)/2, (1 + level)/2])
     return float(low), float(high)
@@ -46,6 +44,24 @@ def estimate(units, statistic=None, **boot)->dict:
     value = float(mean[0, 0] if statistic is None else statistic(mean)[0])
     low, high = bootstrap_interval(units, statistic, **boot)
     return dict(value=value, low=low, high=high, prompts=len(units))
+
+# %% ../nbs/foundations/17_measures.ipynb #79d139d6
+def _draws(rng, prompts:int, size:int):
+    "How often each prompt is drawn: [size, prompts] counts, as floats for the product."
+    return rng.multinomial(prompts, np.full(prompts, 1/prompts), size).astype(float)
+
+def _resamples(prompts:int, n_boot:int, seed:int):
+    "Blocks of counts that together have n_boot rows; no block has more than 2²² numbers."
+    size = max(1, 2**22//prompts)
+    if n_boot <= size: return [_kept_draws(prompts, n_boot, seed)]
+    rng = np.random.default_rng(seed)
+    return (_draws(rng, prompts, min(size, n_boot - start)) for start in range(0, n_boot, size))
+
+@lru_cache(maxsize=2) # an evaluation has hundreds of estimates over the same prompts
+def _kept_draws(prompts, n_boot, seed):
+    counts = _draws(np.random.default_rng(seed), prompts, n_boot)
+    counts.flags.writeable = False
+    return counts
 
 # %% ../nbs/foundations/17_measures.ipynb #4cb218c4
 def estimate_text(estimate:dict|None, # {value, low, high}; None: nothing was measured
@@ -70,6 +86,17 @@ def kl_estimates(logps, # [P][n] log π(y|x) of π's own samples at temperature 
     k3 = np.array([(np.expm1(np.minimum(-r, 80.)) + r).mean() for r in ratios])
     return k1, k3
 
+# %% ../nbs/foundations/17_measures.ipynb #463db832
+def pad_ragged(rows, # [prompts] rows of numbers, each as long as it likes
+              )->tuple: # values [prompts, n] float64, 0 where absent; mask [prompts, n]
+    "Ragged rows as one tensor, with a mask of what is there."
+    rows = [np.asarray(row, dtype=float) for row in rows]
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(max([1, *map(len, rows)])) < lengths[:, None]
+    values = torch.zeros(mask.shape, dtype=torch.float64)
+    values[mask] = torch.from_numpy(np.concatenate([np.zeros(0), *rows]))
+    return values, mask
+
 # %% ../nbs/foundations/17_measures.ipynb #5bdc8191
 def win_tie_lose(a, b, # [P][n], [P][m]: rewards of two policies' samples, prompt by prompt
                  tolerance:float=None, # gaps up to this size are ties; None: `reward_resolution`
@@ -77,12 +104,14 @@ def win_tie_lose(a, b, # [P][n], [P][m]: rewards of two policies' samples, promp
                 )->np.ndarray: # [P, 3]: shares of pairs that a wins, ties, loses
     "Every sample of `a` against every sample of `b`, averaged within the prompt."
     if tolerance is None: tolerance = _tie(np.concatenate([np.zeros(0), *map(np.ravel, [*a, *b])]))
-    def shares(x, y):
-        gaps = np.subtract.outer(np.asarray(x, float), np.asarray(y, float))
-        if coupled and gaps.size > 1: gaps = gaps[~np.eye(*gaps.shape, dtype=bool)]
-        ties = abs(gaps) <= tolerance
-        return ((gaps > 0) & ~ties).mean(), ties.mean(), ((gaps < 0) & ~ties).mean()
-    return np.array([shares(x, y) for x, y in zip(a, b, strict=True)])
+    if len(a) != len(b): raise ValueError(f"{len(a)} prompts meet {len(b)}: give the same ones.")
+    (a, n), (b, m) = (map(Tensor.numpy, pad_ragged(rows)) for rows in (a, b))
+    gaps, pairs = a[:, :, None] - b[:, None], n[:, :, None] & m[:, None] # [P, n, m]
+    if coupled: # a lone pair stays
+        pairs &= ~np.eye(*pairs.shape[1:], dtype=bool) | (pairs.sum((1, 2), keepdims=True) == 1)
+    ties = abs(gaps) <= tolerance
+    found = [(kind & pairs).sum((1, 2)) for kind in ((gaps > 0) & ~ties, ties, (gaps < 0) & ~ties)]
+    return np.stack(found, 1)/pairs.sum((1, 2))[:, None]
 
 # %% ../nbs/foundations/17_measures.ipynb #2f5d1b1d
 def _tie(values)->float:
@@ -158,17 +187,6 @@ def reward_metrics(chosen, rejected, # [pairs] rewards
                 brier=float(np.exp(-2 * np.logaddexp(0, gaps)).mean()), ece=float(ece),
                 reward_mean=float(both.mean()), reward_std=float(both.std(ddof=1)),
                 reliability=table)
-
-# %% ../nbs/foundations/17_measures.ipynb #463db832
-def pad_ragged(rows, # [prompts] rows of numbers, each as long as it likes
-              )->tuple: # values [prompts, n] float64, 0 where absent; mask [prompts, n]
-    "Ragged rows as one tensor, with a mask of what is there."
-    rows = [np.asarray(row, dtype=float) for row in rows]
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(max([1, *map(len, rows)])) < lengths[:, None]
-    values = torch.zeros(mask.shape, dtype=torch.float64)
-    values[mask] = torch.from_numpy(np.concatenate([np.zeros(0), *rows]))
-    return values, mask
 
 # %% ../nbs/foundations/17_measures.ipynb #7363b03f
 def pooled_sigma(sigma:Tensor, # [prompts]
