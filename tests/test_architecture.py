@@ -18,7 +18,7 @@ LAYERS = [["losses"], ["worlds"], ["plots"], ["figures", "explorables"], ["widge
           ["sft", "reward", "sample", "calibrate"], ["score", "online"], ["evaluate"],
           ["diagnosis"], ["judge"], ["live"], ["stages"], ["recipes"], ["pipeline"], ["budget"],
           ["cards"], ["report"], ["inspection", "study"],
-          ["study_results"], ["cli"]]
+          ["study_results", "run_results"], ["cli"]]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 TRAINERS = {"sft", "reward", "calibrate", "online"}
 TORCH_ONLY = {"losses": {"torch"}, "worlds": {"torch"}, "explorables": set(),

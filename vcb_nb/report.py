@@ -204,7 +204,7 @@ def _markdown_text(text)->str:
     return "".join(_markdown_part(*part) for part in text.parts)
 
 # %% ../nbs/runs/04_report.ipynb #7ae06524
-def _markdown_table(table:Table)->str:
+def markdown_table(table:Table)->str:
     line = lambda cells: "| " + " | ".join(map(_markdown_text, cells)) + " |"
     rule = ["---:" if i >= table.numeric else "---" for i in range(len(table.columns))]
     return "\n".join([line(table.columns), "|" + "|".join(rule) + "|", *map(line, table.rows)])
@@ -213,7 +213,7 @@ def _markdown_block(block)->str:
     if isinstance(block, Heading): return "#"*block.level + " " + _plain(block.text)
     if isinstance(block, Text): return _markdown_text(block.text)
     if isinstance(block, Points): return "\n".join("- " + _markdown_text(i) for i in block.items)
-    if isinstance(block, Table): return _markdown_table(block)
+    if isinstance(block, Table): return markdown_table(block)
     if isinstance(block, Figure):
         return (f"![{_plain(block.alt or block.caption)}](figures/{block.name}.png)\n\n"
                 f"*{_plain(block.caption)}*")
@@ -408,15 +408,21 @@ def mark_own_words(texts:list)->list: # of Marked
     return list(map(one, texts))
 
 # %% ../nbs/runs/04_report.ipynb #56f45a17
+def chosen_samples(summary:dict, samples:dict, count:int, # as for `sample_blocks`
+                  )->tuple: # policies, numbers of prompts, [prompts][policies] texts
+    "One policy per method at about the same KL, and the prompts on which they differ most."
+    chosen = list(at_equal_kl(summary).values())
+    texts = [[row["completions"][0] for row in rows]
+             for rows in zip(*(samples[n] for n in chosen))]
+    return chosen, most_different(texts, count), texts
+
 def sample_blocks(summary:dict, samples:dict, # policy → list of rows {prompt, completions}
                   count:int,
                   rewards:dict=None, # policy → [prompts][n] of the first judge, where stored
                  )->list:
     "What the policies say to the same prompts."
-    chosen, policies = list(at_equal_kl(summary).values()), summary["policies"]
-    texts = [[row["completions"][0] for row in rows]
-             for rows in zip(*(samples[n] for n in chosen))]
-    numbers = most_different(texts, count)
+    chosen, numbers, texts = chosen_samples(summary, samples, count)
+    policies = summary["policies"]
     if not numbers: return []
     blocks = [Heading("Samples"), Text(_samples_note(len(numbers), len(texts)))]
     known = bool(rewards) and all(n in rewards for n in chosen)
@@ -649,10 +655,12 @@ class ReportConfig:
         self.parts = self.parts or [str(Path(self.run)/name/MANIFEST)
                                     for name in finished_stages(self.run) if name != "report"]
 
-def _read_if(path:Path)->"dict | None":
+
+# %% ../nbs/runs/04_report.ipynb #ab037aa5
+def read_if(path:Path)->"dict | None":
     return read_json(path) if path.exists() else None
 
-def _samples(run:Path, summary:dict)->tuple: # policy → rows; policy → rewards, where stored
+def run_samples(run:Path, summary:dict)->tuple: # policy → rows; policy → rewards, where stored
     "The samples of every policy on the test prompts, and their rewards by the first judge."
     rows, rewards, judges = {}, {}, judges_of(summary)
     for name, policy in summary["policies"].items():
@@ -669,15 +677,15 @@ def report(config:ReportConfig)->dict: # where the pages are
     run, out = Path(config.run), Path(config.output_dir or Path(config.run)/"report")
     parts = [Path(part).parent.relative_to(run).as_posix() for part in config.parts]
     title = config.title or f"Value-based Calibration: {run.name}"
-    summary, per_prompt = (_read_if(run/"evaluate"/name)
+    summary, per_prompt = (read_if(run/"evaluate"/name)
                            for name in ("summary.json", "per_prompt.json"))
-    reward = _read_if(run/"reward"/"evaluation.json")
-    judged = _read_if(run/"judge"/"summary.json") if "judge" in parts else None
+    reward = read_if(run/"reward"/"evaluation.json")
+    judged = read_if(run/"judge"/"summary.json") if "judge" in parts else None
     blocks = finding_blocks(summary, per_prompt, reward, judged, collapsed(run, parts))
     blocks += reward_blocks(reward)
     if judged: blocks += judge_blocks(run)
     if summary:
-        rows, rewards = _samples(run, summary)
+        rows, rewards = run_samples(run, summary)
         blocks += sample_blocks(summary, rows, config.samples, rewards)
     blocks += policy_blocks(summary) if summary else [Heading("Details")]
     blocks += [*training_blocks(run, parts, summary), *round_blocks(run, parts),
