@@ -1,5 +1,6 @@
 "Conversations: ids are the template's own, whichever template, and every stage reads them."
 import json, logging
+from functools import partial
 
 import pytest
 from chat_templates import TEMPLATES, chat_tokenizer
@@ -18,7 +19,7 @@ from vcb_nb.evaluate import EvaluateConfig, evaluate
 from vcb_nb.judges import RewardJudge, reads_end_of_turn, reward_scores
 from vcb_nb.loading import load_reward_model, new_reward_model
 from vcb_nb.online import OnlineConfig, online
-from vcb_nb.reward import RewardConfig, encode_pair, train_reward
+from vcb_nb.reward import RewardConfig, encode_pair, reward_datasets, train_reward
 from vcb_nb.sample import SampleConfig, sample
 from vcb_nb.saving import save_model
 from vcb_nb.score import ScoreConfig, score
@@ -335,11 +336,29 @@ def test_a_reward_model_from_elsewhere_reads_its_own_template(theirs, files, tmp
 
 # Strings for chat models
 
-def test_strings_for_a_chat_model_are_told_of_once(files, caplog):
-    config = SFTConfig(model=str(files/"policy"), data=str(files/"strings.jsonl"), eval_share=0)
-    sft_datasets(config, chat_tokenizer("chatml"))
-    assert caplog.text.count("apply_chat_template: true") == 1 and "strings.jsonl" in caplog.text
+@pytest.mark.parametrize("load, config, sides", [
+    (sft_datasets, partial(SFTConfig, model="x"), {"completion": "No."}),
+    (reward_datasets, partial(RewardConfig, model="x"), {"chosen": "No.", "rejected": "Yes."})])
+def test_strings_for_a_chat_model_are_told_of_once_per_file(load, config, sides, tmp_path, caplog):
+    "What was split off a file is not told of again; another file is, by its own name."
+    tokenizer, told = chat_tokenizer("chatml"), "apply_chat_template: true"
+    key = "data" if "completion" in sides else "pairs"
+    for name in ("train", "held"):
+        write_jsonl(tmp_path/f"{name}.jsonl",
+                    [{"prompt": f"Is {name} {i} far?", **sides} for i in range(8)])
+    asked = partial(config, output_dir=str(tmp_path/"out"), **{key: str(tmp_path/"train.jsonl")})
+    load(asked(eval_share=.5), tokenizer)
+    assert caplog.text.count(told) == 1 and "train.jsonl" in caplog.text
     caplog.clear()
+    load(asked(**{f"eval_{key}": str(tmp_path/"held.jsonl")}), tokenizer)
+    assert caplog.text.count(told) == 2 and "held.jsonl" in caplog.text
+    turns = {k: [said(v)] for k, v in sides.items()}
+    write_jsonl(tmp_path/"held.jsonl", [{"prompt": ASKED, **turns}])
+    with pytest.raises(InputError, match="held.jsonl: the prompts are lists .* no chat template"):
+        load(asked(**{f"eval_{key}": str(tmp_path/"held.jsonl")}), make_tokenizer())
+
+
+def test_a_chat_model_is_not_warned_of_what_it_knows(caplog):
     for prompt, tokenizer in [(ASKED, "chatml"), ("<|im_start|>user\nHm?<|im_end|>", "chatml")]:
         check_chat(chat_tokenizer(tokenizer), [prompt], "a.jsonl")
     check_chat(make_tokenizer(), ["Is it far?"], "a.jsonl")

@@ -337,6 +337,15 @@ def check_chat(tokenizer, prompts, # strings or lists of messages; the first one
     log.warning("%s: the prompts are plain strings, and the tokenizer is a chat model's, with a "
                 "template. Set apply_chat_template: true, or give lists of messages.", where)
 
+def check_chats(tokenizer,
+                files:tuple, # of the training rows; of the held-out rows, or None
+                parts:tuple, # the rows: what was split off one file is not looked at again
+                apply:bool, # as for `check_chat`
+               )->None:
+    "Check the prompts of each file once."
+    for where, rows in zip(filter(None, files), parts):
+        check_chat(tokenizer, rows["prompt"], where, apply)
+
 def as_turns(row:dict)->dict:
     "The same row with string prompts, completions and sides of a pair as messages."
     def said(text): return turn(text.strip(), "assistant") if isinstance(text, str) else text

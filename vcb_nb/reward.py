@@ -20,7 +20,7 @@ from transformers import set_seed
 from .adapters import add_lora, check_lora
 from .artifacts import InputError, write_json
 from .batches import pad_rows
-from .chat import as_turns, check_chat, prompt_key
+from .chat import as_turns, check_chats, prompt_key
 from .data import counting_dropped, encode_prompt, encode_response, load_pairs, warn_shared
 from .judges import end_at_turn
 from .loading import LoadingSettings, load_tokenizer, new_reward_model
@@ -163,7 +163,6 @@ def _encode_pairs(dataset, tokenizer, config:RewardConfig):
         if config.apply_chat_template: row = as_turns(row)
         lengths = config.max_prompt_length, config.max_length
         return {"key": key, **encode_pair(tokenizer, row, *lengths)}
-    check_chat(tokenizer, dataset["prompt"], config.pairs, config.apply_chat_template)
     columns = [c for c in dataset.column_names if c != "margin"]
     rows = dataset.map(encode, remove_columns=columns, desc="tokenising")
     return rows.rename_column("key", "prompt")
@@ -180,6 +179,7 @@ def reward_datasets(config:RewardConfig, tokenizer)->tuple: # (training, held-ou
         parts = source, load_pairs(str(config.eval_pairs))
         warn_shared(*parts, config.eval_pairs)
     else: parts = held_out_split(source, config.eval_share, config.seed)
+    check_chats(tokenizer, (config.pairs, config.eval_pairs), parts, config.apply_chat_template)
     train, held = (part and _encode_pairs(part, tokenizer, config) for part in parts)
     dropped = {"not a pair": lost.total(), "same after the cut": sum(train["same"])}
     if all(train["same"]):

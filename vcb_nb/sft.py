@@ -20,7 +20,7 @@ from transformers import set_seed
 from .adapters import add_lora, check_lora
 from .artifacts import InputError
 from .batches import pad_rows
-from .chat import as_turns, chat_completion, check_chat
+from .chat import as_turns, chat_completion, check_chats
 from .data import (counting_dropped, encode_completion, encode_prompt, load_demonstrations,
                          load_texts, warn_shared)
 from .loading import QuantizedLoading, load_policy, load_tokenizer
@@ -168,7 +168,6 @@ def _encode_rows(dataset, tokenizer, config:SFTConfig)->Dataset: # of `encode_de
         if isinstance(row["prompt"], str):
             return encode_demonstration(tokenizer, row["prompt"], row["completion"], *lengths)
         return encode_conversation(tokenizer, row, *lengths, config.assistant_only_loss)
-    check_chat(tokenizer, dataset["prompt"], config.data, config.apply_chat_template)
     return dataset.map(encode, remove_columns=dataset.column_names, desc="tokenising")
 
 def _encode_blocks(dataset, tokenizer, config:SFTConfig)->Dataset: # the same columns
@@ -192,6 +191,8 @@ def sft_datasets(config:SFTConfig, tokenizer)->tuple: # (training rows, held-out
         blocks = encode(source, tokenizer, config)
         return held_out_split(blocks, config.eval_share, config.seed, group=None)
     else: parts = held_out_split(source, config.eval_share, config.seed, group)
+    if group == "prompt":
+        check_chats(tokenizer, (config.data, config.eval_data), parts, config.apply_chat_template)
     return tuple(part and encode(part, tokenizer, config) for part in parts)
 
 # %% ../nbs/stages/02_sft.ipynb #b4c584d7
