@@ -232,6 +232,14 @@ def test_no_kl_off_policy(world, tmp_path, caplog):
     assert "no KL" in caplog.text and found["policies"]["sft"]["calibration"] is None
 
 
+def test_prompts_that_are_cut_are_told_of_once_per_file(world, tmp_path, caplog):
+    "Not once more for each policy."
+    found = evaluate(config_of(world, tmp_path, max_prompt_length=2, reward=None, candidates=None))
+    assert len(found["policies"]) == 2
+    said = [r.getMessage() for r in caplog.records if "lose their start" in r.getMessage()]
+    assert len(said) == 2 and "prompts.jsonl: 6 of 6 prompts" in said[0] and "ood.jsonl" in said[1]
+
+
 def test_nan_reward_names_the_row_and_keeps_the_samples(world, tmp_path):
     "Pitfall 25: a reward that is not finite names its prompt; the samples are not lost."
     config = config_of(world, tmp_path, gold="test_evaluate:broken", ood_prompts=None)

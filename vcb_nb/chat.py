@@ -325,6 +325,7 @@ def _refuse_prefix(prompt):
 def check_chat(tokenizer, prompts, # strings or lists of messages; the first one is looked at
                where:str, # file or folder, for messages
                apply:bool=False, # are string prompts made messages?
+               warn=log.warning, # takes the warning
               )->None:
     "Refuse messages without a template; warn of a chat model that gets strings without any of it."
     first, template = next(iter(prompts), ""), getattr(tokenizer, "chat_template", None)
@@ -334,8 +335,8 @@ def check_chat(tokenizer, prompts, # strings or lists of messages; the first one
                          "chat template. Set the tokenizer's chat_template, or give strings.")
     special = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
     if chat or not template or any(text in first for text in special): return
-    log.warning("%s: the prompts are plain strings, and the tokenizer is a chat model's, with a "
-                "template. Set apply_chat_template: true, or give lists of messages.", where)
+    warn(f"{where}: the prompts are plain strings, and the tokenizer is a chat model's, with a "
+         "template. Set apply_chat_template: true, or give lists of messages.")
 
 def check_chats(tokenizer,
                 files:tuple, # of the training rows; of the held-out rows, or None

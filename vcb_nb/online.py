@@ -765,7 +765,6 @@ def online_rows(config, tokenizer, rows=None)->tuple: # (Dataset, counts)
     ids, cut = encode_asked(config, tokenizer, asked)
     context = read_context(config.model) if config.model else None
     check_prompts(config, [row["prompt"] for row in asked], ids, context)
-    if cut: log.warning("%d of %d prompts were cut", cut, len(asked))
     whole = [dict(row, prompt_ids=found) for row, found in zip(asked, ids)]
     kept = with_sigma(whole, config)
     if not kept: raise InputError(f"{config.candidates}: no prompt has candidates with different "

@@ -28,12 +28,10 @@ from .data import check_part, encode_prompts, in_part, load_prompts
 from .decoding import banned_id, decode, uniform_draws
 from .loading import (QuantizedLoading, as_dtype, load_policy, load_tokenizer, pick_device,
                             read_config, read_context, whole_folder)
+from .logprobs import say_once
 from .settings import REQUIRED, check_choice, check_least, check_required, option
 from .shards import complete_parts
 from .tokenizers import end_ids
-
-# %% ../nbs/stages/04_sample.ipynb #6dce11f1
-log = logging.getLogger(__name__)
 
 # %% ../nbs/stages/04_sample.ipynb #a933c7c7
 class Samples(NamedTuple):
@@ -235,11 +233,14 @@ def _rows_of_part(config, part:int, prompts:list)->range:
     "The indices of a part's prompts."
     return range(len(prompts))[part*config.shard_size:(part + 1)*config.shard_size]
 
+_warn_once = partial(say_once, level=logging.WARNING)
+
 def asked_prompts(config, tokenizer, rows)->list: # rows: prompt, perhaps tools
     "Those of the loaded prompts that are sampled, as messages where they are to be."
     rows = rows.select(range(min(config.limit or len(rows), len(rows)))).to_list()
     apply = config.apply_chat_template
-    check_chat(tokenizer, (row["prompt"] for row in rows), config.prompts, apply)
+    # Once: an evaluation samples the same prompts for each of its policies.
+    check_chat(tokenizer, (row["prompt"] for row in rows), config.prompts, apply, _warn_once)
     if apply: rows = [as_turns(row) for row in rows]
     return [row if isinstance(row["prompt"], str) else
             {**row, "prompt": clean_messages(row["prompt"])} for row in rows]
@@ -251,7 +252,10 @@ def _asked_here(config, tokenizer, rows)->list:
 
 def encode_asked(config, tokenizer, asked:list)->tuple: # token ids of each, how many were cut
     prompts, tools = ([row.get(name) for row in asked] for name in ("prompt", "tools"))
-    return encode_prompts(tokenizer, prompts, config.max_prompt_length, tools)
+    ids, cut = encode_prompts(tokenizer, prompts, config.max_prompt_length, tools)
+    if cut: _warn_once(f"{config.prompts}: {cut} of {len(ids)} prompts are longer than "
+                       f"max_prompt_length: {config.max_prompt_length}, and lose their start.")
+    return ids, cut
 
 def _sample_part(config, tokenizer, draw, rows_of, prompt_ids, on_batch, part:int)->list: # rows
     "Draw the samples of a part."
@@ -316,7 +320,6 @@ def sample(config:SampleConfig)->dict: # summary: counts, mean length, shares, t
     prompts, context = [row["prompt"] for row in asked], read_context(config.policy)
     prompt_ids, truncated = encode_asked(config, tokenizer, asked)
     check_prompts(config, prompts, prompt_ids, context)
-    if truncated: log.warning("%d of %d prompts were cut", truncated, len(prompts))
     speed = {"tokens_per_second": None}
 
     @contextmanager
