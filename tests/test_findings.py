@@ -6,8 +6,8 @@ import pytest
 from report_runs import BOOT, SWEEP, evaluation, numbers_of, policy_of, summary_of
 
 from vcb_nb.findings import (SEED_SENTENCE, at_equal_kl, common_kl, common_reach, compare_methods,
-                             contrast_pair, decimals, findings, judge_sentence, number_text,
-                             rounded, ties_of, told_apart)
+                             contrast_pair, decimals, findings, judge_sentence, nats_text,
+                             number_text, rounded, ties_of, told_apart)
 from vcb_nb.measures import estimate
 
 TIED = "these prompts cannot tell the two apart"
@@ -180,7 +180,17 @@ def test_the_judge():
     assert judge_sentence(found, summary) == [
         "Against SFT the judge (judge-1) favours VCB γ=0.5 most: win − lose 0.8 [0.2, 1.0]; its "
         "two orders agree in 88% of the pairs."]
-    assert judge_sentence(judged(("vcb-2", None)), summary) == judge_sentence(None, summary) == []
+    assert judge_sentence(None, summary) == []
+
+
+@pytest.mark.parametrize("margins", [[("vcb-2", None)], [("vcb-2", [1]), ("dpo-2", None)]])
+def test_a_judge_that_gave_hardly_a_verdict_favours_nobody(margins):
+    "One verdict has no interval: it is not called a preference."
+    found = judged(*margins) | dict(pairs=24, no_verdict=23)
+    assert judge_sentence(found, world()[0]) == [
+        "The judge (judge-1) gave a verdict on 1 of 24 pairs: too few to compare policies."]
+    told = judged(*margins, ("ipo-1", [1, 0, 1, 1]))
+    assert "favours" in judge_sentence(told, world()[0])[0]
 
 
 def test_methods_have_their_printed_names():
@@ -213,6 +223,13 @@ def test_rounding_down_never_goes_beyond(reach):
     (-.05, 2, "−0.05"), (1e-5, None, "1e-05")])
 def test_numbers_have_the_digits_that_mean_something(value, digits, text):
     assert number_text(value, digits).replace("e−", "e-") == text
+
+
+@pytest.mark.parametrize("value, digits, text", [
+    (1., None, "1 nat"), (.51, None, "0.51 nats"), (0, None, "0 nats"), (11., None, "11 nats"),
+    (1.0004, 2, "1.00 nats"), (None, None, "– nats")])
+def test_one_nat_is_singular(value, digits, text):
+    assert nats_text(value, digits) == text
 
 
 @pytest.mark.parametrize("low, high, shown", [

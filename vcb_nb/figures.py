@@ -93,7 +93,7 @@ def plot_frontier(summary:dict, # of `evaluate`
         if points: _frontier_line(ax, method, points, f"{judge}_gain")
     if sigma: _gaussian_bound(ax, sigma)
     if at: ax.axvline(at, color=OTHER_COLOR, linewidth=1.2, linestyle=":",
-                      label=f"{at:g} nats: compared here")
+                      label=f"{at:g} nat{'s'*(at != 1)}: compared here")
     ax.set(xlabel=r"$\mathrm{KL}(\pi\,\|\,\pi_\mathrm{sft})$, nats per response",
            ylabel=f"{JUDGE_LABELS[judge]}, gain over SFT",
            title=f"Reward–KL frontier, {SPLIT_LABELS.get(split, split)}")

@@ -27,6 +27,11 @@ def number_text(value, digits:int=None, # decimals; None: three significant digi
     else: text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return _true_minus(text)
 
+def nats_text(value, digits:int=None)->str: # '1 nat', '0.51 nats'
+    "A distance in nats, as `number_text` writes it."
+    text = number_text(value, digits)
+    return f"{text} nat" + "s"*(text != "1")
+
 def _true_minus(text:str)->str:
     "A minus sign before each negative number, and none before a zero."
     text = re.sub(r"(?<![\w.])-(?=0(?:\.0+)?(?![\d.]))", "", text)
@@ -141,7 +146,7 @@ def gain_sentences(found:dict, # of `compare_methods`
     "Who gains most at the common KL, and whether the next one differs from it."
     best, *others = found["gains"]
     where = ("Each at its own distance from SFT (there is no KL above 0 that every method reaches)"
-             if found["at"] is None else f"At {number_text(found['at'])} nats from SFT"
+             if found["at"] is None else f"At {nats_text(found['at'])} from SFT"
              + ", the largest KL that every method reaches" * bool(others))
     e = found["gains"][best]
     if others and all(g["value"] == e["value"] for g in found["gains"].values()):
@@ -210,10 +215,14 @@ def reward_sentence(evaluation:"dict | None" # of the reward stage
 def judge_sentence(judged:"dict | None", # summary of the judge stage
                    summary:dict)->list:
     "The policy that the judge prefers most to SFT, and how far the judge agrees with itself."
-    games = [c for c in (judged or {}).get("comparisons", [])
-             if c["against"] == "sft" and c["margin"]]
+    games = [c for c in (judged or {}).get("comparisons", []) if c["against"] == "sft"]
+    known = [c for c in games if c["margin"] and c["margin"]["low"] is not None]
     if not games: return []
-    best = max(games, key=lambda c: c["margin"]["value"])
+    if not known:
+        return [f"The judge ({judged['model']}) gave a verdict on "
+                f"{judged['pairs'] - judged['no_verdict']} of {judged['pairs']} pairs: too few to "
+                "compare policies."]
+    best = max(known, key=lambda c: c["margin"]["value"])
     name = run_label(best["policy"], summary["policies"].get(best["policy"]))
     text = f"Against SFT the judge ({judged['model']}) favours {name} most: "
     text += f"win − lose {rounded(best['margin'])}"

@@ -21,8 +21,8 @@ from .figures import (CURVES, figure_bytes, plot_calibration, plot_frontier, plo
                             plot_margins, plot_reliability, plot_rewards, plot_samples,
                             plot_training_curves, run_label)
 from .findings import (JUDGE_NAMES, at_equal_kl, common_kl, compare_methods, contrast_pair,
-                             decimals, findings, judges_of, number_text, rounded, sweeps_of,
-                             ties_of)
+                             decimals, findings, judges_of, nats_text, number_text, rounded,
+                             sweeps_of, ties_of)
 from .measures import estimate_text
 from .plots import method_label
 from .settings import REQUIRED, check_least, check_required, option
@@ -234,7 +234,7 @@ def _gain_columns(summary:dict, per_prompt:"dict | None")->list: # (title, compa
     splits = [("test", j) for j in judges] + [("ood", j) for j in judges[:1]]
     def title(split, judge, at):
         where = " out of distribution"*(split == "ood")
-        return f"{JUDGE_NAMES[judge]} gained{where}" + (f" at {number_text(at)} nats" if at else "")
+        return f"{JUDGE_NAMES[judge]} gained{where}" + (f" at {nats_text(at)}" if at else "")
     found = [(split, judge, compare_methods(summary, per_prompt, judge, split))
              for split, judge in splits if per_prompt and split in per_prompt]
     return [(title(split, judge, c["at"]), c) for split, judge, c in found]
@@ -267,7 +267,7 @@ def fit_note(summary:dict)->str: # '' where nothing was calibrated
     "Which policies correlation and slope belong to."
     def one(policy):
         kl = policy["splits"]["test"]["kl"]
-        at = f" ({number_text(kl['value'], 2)} nats)" if kl else ""
+        at = f" ({nats_text(kl['value'], 2)})" if kl else ""
         return run_label(policy["method"], policy) + at
     policies = [summary["policies"][n] for m, n in at_equal_kl(summary).items() if m != "sft"]
     if not any(p.get("calibration") for p in policies): return ""
